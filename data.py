@@ -561,7 +561,7 @@ def tokenizer():
                              special_tokens={t: n + i for i, t in enumerate(TAGS + [END])})
 
 
-VOCAB_SIZE = 512  # the tokenizer's, rounded up to a multiple of 64 so that matrix kernels run at full speed
+VOCAB_SIZE = 448  # the tokenizer's 440, rounded up to a multiple of 64 so that matrix kernels run at full speed
 
 
 def prompt_text(row):
@@ -577,6 +577,11 @@ def response_text(row):
 
 def encode(enc, text):
     return enc.encode(text, allowed_special="all")
+
+
+def decode(enc, ids):
+    """Text of sampled ids. Ids past the vocabulary (VOCAB_SIZE is rounded up) have no text: a fresh model samples them."""
+    return enc.decode([i for i in ids if i < enc.n_vocab], errors="replace")
 
 
 def encode_row(enc, row):
@@ -603,14 +608,15 @@ class TrainingSteps:
     Works as a map-style data set of torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, end)).
     """
 
-    def __init__(self, mixture, batch_size, seed=0, loss="all", distractors=2.0, micro_tokens=8192, rank=0, world=1):
-        self.mixture, self.batch_size, self.seed, self.loss = mixture, batch_size, seed, loss
-        self.law, self.micro_tokens, self.rank, self.world = distractor_law(distractors), micro_tokens, rank, world
-        self.enc = tokenizer()
+    def __init__(self, mixture, batch_size, seed=0, split="train", loss="all", distractors=2.0, micro_tokens=8192,
+                 rank=0, world=1):
+        self.mixture, self.batch_size, self.seed, self.split = mixture, batch_size, seed, split
+        self.loss, self.law, self.micro_tokens = loss, distractor_law(distractors), micro_tokens
+        self.rank, self.world, self.enc = rank, world, tokenizer()
 
     def __getitem__(self, step):
         first = step * self.batch_size
-        rows = [encode_row(self.enc, make_row(i, self.mixture, self.seed, "train", self.law))
+        rows = [encode_row(self.enc, make_row(i, self.mixture, self.seed, self.split, self.law))
                 for i in range(first + self.rank, first + self.batch_size, self.world)]
         rows.sort(key=lambda row: len(row[0]))
         batches, start = [], 0

@@ -1,0 +1,323 @@
+"""
+Evaluation: pass@k over held-out problems, for the right answer and for the right reasoning, checkpoints side by side.
+
+    python evaluate.py                                   the checkpoints of out/ that exist
+    python evaluate.py out/pretrain.pt --show 3          and sampled solutions, each step marked right or wrong and why
+    python evaluate.py A.pt B.pt --plot out/eval.png     compare, and draw (needs matplotlib)
+    python evaluate.py A.pt --data rows.jsonl            on rows of a file instead of fresh problems
+    torchrun --nproc_per_node=8 evaluate.py A.pt         on several GPUs
+
+Three verdicts, each stricter than the one before (verify.py): outcome, the answer is right; verified, every step the
+answer needs is there with the right inputs and value (the paper's metric); strict, the text really proves it.
+
+Ops are grouped by the range m-M of pre-training as in arXiv 2512.07783, where it is 2-10: ID up to M, OOD-edge up to
+1.4 M (11-14), OOD-hard up to 2 M (15-20). "+-" is half of a 95 % confidence interval over problems.
+"""
+import argparse
+import json
+import math
+import os
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+from model import build_model, load_checkpoint, sample
+from verify import explain, verify
+
+VERDICTS = ("outcome", "verified", "strict")
+CHAIN = ("out/pretrain.pt", "out/midtrain.pt", "out/grpo.pt")
+
+
+def pass_at_k(n, c, k):
+    """Unbiased estimate of the chance that at least one of k samples is right, from c right ones of n.
+
+    1 - C(n - c, k) / C(n, k), of arXiv 2107.03374 (equation 1). n, c, k: integers or integer arrays, k <= n.
+    """
+    n, c = np.broadcast_arrays(n, c)
+    miss = np.ones(n.shape)  # the chance that k draws without replacement are all wrong
+    for i in range(k):
+        miss = miss * np.clip(n - c - i, 0, None) / (n - i)
+    return 1 - miss
+
+
+def interval(values):
+    """Mean of per-problem values and half the width of its 95 % confidence interval over problems (normal)."""
+    values = np.asarray(values, float)
+    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(half)
+
+
+def group_of(op, id_ops):
+    """ID, OOD-edge or OOD-hard, from the op and the largest op of pre-training."""
+    return "ID" if op <= id_ops[1] else "OOD-edge" if op <= math.ceil(1.4 * id_ops[1]) else "OOD-hard"
+
+
+def arguments():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("checkpoints", nargs="*", metavar="CKPT", help=f"default: those of {', '.join(CHAIN)} that exist")
+    p.add_argument("--ops", help="op range (default: 2 to twice the largest op of pre-training)")
+    p.add_argument("--context", default="all", help="zoo, school, movie or all (default all)")
+    p.add_argument("--data", help="take the problems from this JSONL file of rows")
+    p.add_argument("--n", type=int, help="samples per problem (default 128, on a CPU 16)")
+    p.add_argument("--k", help="k of pass@k (default 1,8,128, on a CPU 1,4,16)")
+    p.add_argument("--problems", type=int, help="problems per op (default 200, on a CPU 100)")
+    p.add_argument("--temperature", type=float, default=0.7, help="of sampling, as in the paper (default 0.7); 0: greedy")
+    p.add_argument("--distractors", type=float, default=2.0, help="mean number of unneeded sentences (default 2)")
+    p.add_argument("--seed", type=int, default=0, help="of the problems and of the sampling (default 0)")
+    p.add_argument("--json", default="out/eval.json", help="where to write the numbers (default out/eval.json)")
+    p.add_argument("--plot", metavar="PNG", help="draw pass@1 and pass@k over op (needs matplotlib)")
+    p.add_argument("--show", type=int, default=0, metavar="N", help="print N sampled solutions, each step marked")
+    p.add_argument("--rows", type=int, help="samples that run at a time (default 6144, on a CPU 512)")
+    p.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
+    args = p.parse_args()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    big = args.device.startswith("cuda")
+    args.n = args.n if args.n is not None else 128 if big else 16
+    args.problems = args.problems if args.problems is not None else 200 if big else 100
+    args.rows = args.rows if args.rows is not None else 6144 if big else 512
+    try:
+        if args.k is None:
+            args.k = [k for k in ((1, 8, 128) if big else (1, 4, 16)) if k <= args.n] or [1]
+        else:
+            if not all(k.strip().isdecimal() for k in args.k.split(",")):
+                raise ValueError(f"--k is a list of integers such as 1,8,128, got {args.k!r}")
+            args.k = sorted({int(k) for k in args.k.split(",")})
+        for name, low in dict(n=1, problems=1, rows=1, show=0, temperature=0, seed=0).items():
+            if not low <= getattr(args, name) < math.inf:
+                raise ValueError(f"--{name} must be at least {low}, got {getattr(args, name)}")
+        if not 1 <= args.k[0] or args.k[-1] > args.n:
+            raise ValueError(f"pass@{args.k[-1]} needs 1 <= k <= n, but --n is {args.n}")
+        if args.context not in [*data.CONTEXTS, "all"]:
+            raise ValueError(f"--context is zoo, school, movie or all, got {args.context!r}")
+        args.law = data.distractor_law(args.distractors)
+        args.checkpoints = args.checkpoints or [c for c in CHAIN if os.path.exists(c)]
+        if not args.checkpoints:
+            raise ValueError("there is no checkpoint in out/: run python pretrain.py first, or name one")
+        args.loaded = []
+        for path in args.checkpoints:
+            checkpoint = load_checkpoint(path)
+            args.loaded.append((path, build_model(checkpoint, path), checkpoint))
+        args.id_ops = args.loaded[0][2]["id_ops"]
+        if args.data:
+            rows = data.read_rows(args.data)
+            wanted = data.parse_ops(args.ops) if args.ops else range(10 ** 9)
+            args.problem_rows = {op: [r for r in rows if r["op"] == op][:args.problems]
+                                 for op in sorted({r["op"] for r in rows}) if op in wanted}
+            if not args.problem_rows:
+                raise ValueError(f"{args.data} has no rows with op {args.ops}")
+        else:
+            ops = data.parse_ops(args.ops or f"2-{min(2 * args.id_ops[1], data.MAX_OP)}")
+            args.problem_rows = {op: [data.make_row(i, data.parse_mixture(f"{args.context}:{op}"), args.seed, "eval",
+                                                    args.law) for i in range(args.problems)] for op in ops}
+        for path in filter(None, [args.json, args.plot]):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            open(f"{path}.part", "ab").close()  # better to fail now than after the sampling
+            os.remove(f"{path}.part")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        p.error(str(error))
+    return args
+
+
+def evaluate(model, problem_rows, args, rank=0, world=1, progress=None):
+    """Sample n solutions for every problem and verify them.
+
+    Returns a list of records, one a problem: op, context, distractors (how many), right ({verdict: how many of n}),
+    errors ({kind: in how many samples}), hacked (right answer, wrong process), truncated, and the samples' texts.
+    """
+    enc = data.tokenizer()
+    stop = enc.encode_single_token(data.END)
+    generator = torch.Generator(args.device).manual_seed(args.seed + rank)
+    fast = args.device.startswith("cuda") or torch.cpu._is_avx512_bf16_supported()
+    precision = torch.autocast(torch.device(args.device).type, torch.bfloat16) if fast else nullcontext()
+    records = []
+    for op, rows in problem_rows.items():
+        rows = rows[rank::world]
+        if not rows:
+            continue
+        encoded = [data.encode_row(enc, row) for row in rows]
+        longest = max(len(ids) - n_prompt for ids, n_prompt in encoded)
+        with precision:
+            tokens, _ = sample(model, [ids[:n_prompt] for ids, n_prompt in encoded], stop, args.n,
+                               max_new=longest * 3 // 2 + 16, temperature=args.temperature, generator=generator,
+                               rows=args.rows, progress=progress)
+        for j, row in enumerate(rows):
+            mine = tokens[j * args.n:(j + 1) * args.n]
+            texts = [data.decode(enc, ids) for ids in mine]
+            verdicts = [verify(row["solution"], text) for text in texts]
+            errors = {}
+            for verdict in verdicts:
+                for kind in {e.split(":")[0] for e in verdict["errors"]}:
+                    errors[kind] = errors.get(kind, 0) + 1
+            needed = row["solution"].count("Define ") - row["solution"].count("Define total ")
+            records.append(dict(
+                op=op, context=data.TEMPLATE_TO_CONTEXT.get(row["template"], row["template"]),
+                distractors=row["problem"].count(" equals ") - needed,
+                right={v: sum(verdict[v] for verdict in verdicts) for v in VERDICTS}, errors=errors,
+                hacked=sum(v["outcome"] and not v["verified"] for v in verdicts),
+                truncated=sum(stop not in ids for ids in mine), row=row, text=texts[0]))
+    return records
+
+
+def summarize(records, args):
+    """Numbers of one checkpoint, as they go into the JSON file."""
+    def numbers(chosen):
+        out = {}
+        for verdict in VERDICTS:
+            right = np.array([r["right"][verdict] for r in chosen])
+            out[verdict] = {}
+            for k in args.k:
+                mean, half = interval(pass_at_k(args.n, right, k))
+                out[verdict] |= {f"pass@{k}": mean, f"pass@{k} +-": None if math.isnan(half) else half}
+        return out
+
+    def by(key, chosen=records):
+        return {name: numbers([r for r in chosen if key(r) == name]) for name in dict.fromkeys(map(key, chosen))}
+
+    def group(r):
+        return group_of(r["op"], args.id_ops)
+
+    def few_or_many(r):
+        return "0-1" if r["distractors"] < 2 else "2-4" if r["distractors"] < 5 else "5-12"
+
+    samples = len(records) * args.n
+    summary = dict(groups=by(group), ops={str(op): v for op, v in by(lambda r: r["op"]).items()},
+                   contexts={c: by(group, [r for r in records if r["context"] == c])
+                             for c in sorted({r["context"] for r in records})},
+                   # flat along a line, or the model has a problem with length rather than with op
+                   distractors={g: dict(sorted(by(few_or_many, [r for r in records if group(r) == g]).items()))
+                                for g in dict.fromkeys(map(group, records))},
+                   hacked=sum(r["hacked"] for r in records) / max(1, sum(r["right"]["outcome"] for r in records)),
+                   truncated=sum(r["truncated"] for r in records) / samples,
+                   errors={kind: sum(r["errors"].get(kind, 0) for r in records) / samples
+                           for kind in sorted({k for r in records for k in r["errors"]})})
+    first, last = f"pass@{args.k[0]}", f"pass@{args.k[-1]}"
+    edge = [int(op) for op, v in summary["ops"].items() if v["verified"][first] < 0.5 and v["verified"][last] >= 0.05]
+    summary["edge"] = [min(edge), max(edge)] if edge else None
+    return summary
+
+
+def table(results, args):
+    """Text table, a line an op and a group. One checkpoint: every pass@k and verdict; several: verified, least and most k."""
+    ks = [f"pass@{k}" for k in args.k]
+    if len(results) == 1:
+        columns = [("verified", k) for k in ks] + [("outcome", ks[0]), ("strict", ks[0])]
+    else:
+        columns = [("verified", k) for k in dict.fromkeys((ks[0], ks[-1]))]
+    width = 14
+
+    def cell(numbers, verdict, k):
+        half = numbers[verdict][f"{k} +-"]
+        return f"{numbers[verdict][k]:.3f}" + (f" +-{half:.2f}" if half is not None else " " * 7)
+
+    def line(title, cells):
+        return f"{title:<10}" + "".join(f"{c:>{width}}" for c in cells)
+
+    lines = []
+    if len(results) > 1:
+        lines += [line("", [name[-width * len(columns) + 2:].rjust(width * len(columns)) for name in results])]
+    lines += [line("", [v for v, _ in columns] * len(results)), line("", [k for _, k in columns] * len(results))]
+    some = next(iter(results.values()))
+    for section, title in (("ops", "op "), ("groups", "")):
+        lines.append("")
+        for key in some[section]:
+            lines.append(line(title + key, [cell(r[section][key], *c) for r in results.values() for c in columns]))
+    return "\n".join(lines)
+
+
+def show(records, count):
+    """Print sampled solutions, ops spread evenly, each step marked and, where it is wrong, why."""
+    for j in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int):
+        row, text = records[j]["row"], records[j]["text"]
+        print(f"\n--- {records[j]['context']}, op {row['op']}\n{row['problem'].strip()} {row['question']}\n")
+        for step, right, why in explain(row["solution"], text):
+            print(f"  {'right' if right else 'WRONG'}  {step}" + (f"   <- {why}" if why else ""))
+
+
+def plot(results, args):
+    """Draw pass@(smallest k) and pass@(largest k) of `verified` over op, a colour a checkpoint."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
+    low, high = f"pass@{args.k[0]}", f"pass@{args.k[-1]}"
+    for (name, result), color in zip(results.items(), plt.cm.tab10.colors * 9):
+        ops = [int(op) for op in result["ops"]]
+        for k, style in dict.fromkeys(((low, "-o"), (high, "--s"))):
+            values = [result["ops"][str(op)]["verified"] for op in ops]
+            mean, half = [v[k] for v in values], [v[f"{k} +-"] or 0 for v in values]
+            axes.errorbar(ops, mean, half, fmt=style, color=color, capsize=2, markersize=4, linewidth=1.5,
+                          label=f"{name}: {k}")
+    ops = [int(op) for op in next(iter(results.values()))["ops"]]
+    for group, color in (("OOD-edge", "0.95"), ("OOD-hard", "0.88")):
+        inside = [op for op in ops if group_of(op, args.id_ops) == group]
+        if inside:
+            axes.axvspan(inside[0] - 0.5, inside[-1] + 0.5, color=color, zorder=0)
+            axes.text(inside[0] - 0.45, 1.02, group, va="bottom", fontsize=9)
+    axes.text(ops[0] - 0.45, 1.02, "ID", va="bottom", fontsize=9)
+    axes.set(xlabel="op", ylabel="verified", ylim=(-0.02, 1.1), xlim=(ops[0] - 0.5, ops[-1] + 0.5), xticks=ops)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(args.plot, dpi=150)
+
+
+def main():
+    args = arguments()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    n_problems = sum(map(len, args.problem_rows.values()))
+    if rank == 0:
+        print(f"{n_problems} held-out problems, op {min(args.problem_rows)}-{max(args.problem_rows)}, {args.n} samples "
+              f"each at temperature {args.temperature:g}, for {len(args.loaded)} checkpoint(s) on {args.device}", flush=True)
+    results = {}
+    for path, model, checkpoint in args.loaded:
+        model.to(args.device)
+        bar = tqdm(total=-(-n_problems // world) * args.n, desc=path, unit=" samples", disable=None if rank == 0 else True)
+        records = evaluate(model, args.problem_rows, args, rank, world, bar.update)
+        bar.close()
+        if world > 1:
+            parts = [None] * world
+            dist.all_gather_object(parts, records)
+            records = sorted((r for part in parts for r in part), key=lambda r: r["op"])
+        results[path] = summarize(records, args) | {
+            "stage": checkpoint["stage"], "step": checkpoint["step"], "problems": checkpoint["problems"]}
+        if rank == 0 and args.show:
+            print(f"\n{path}")
+            show(records, args.show)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank:
+        return
+
+    print("\n" + table(results, args) + "\n")
+    for name, r in results.items():
+        print(f"{name}: right answer by wrong reasoning in {100 * r['hacked']:.1f} % of the right answers, cut off "
+              f"{100 * r['truncated']:.1f} %; edge (verified pass@{args.k[0]} below 0.5, pass@{args.k[-1]} not 0): "
+              + (f"op {r['edge'][0]}-{r['edge'][1]}" if r["edge"] else "none"))
+    settings = {k: getattr(args, k) for k in "n k problems temperature distractors seed context data id_ops".split()}
+    part = f"{args.json}.part"
+    with open(part, "w", encoding="utf-8") as f:
+        json.dump({"checkpoints": results, "settings": settings}, f, indent=1)
+    os.replace(part, args.json)
+    print(f"numbers: {args.json}")
+    if args.plot:
+        try:
+            plot(results, args)
+            print(f"figure: {args.plot}")
+        except ImportError:
+            print("--plot needs matplotlib: pip install matplotlib")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,318 @@
+"""
+Stage 1, pre-training: next-token prediction from scratch on synthetic reasoning problems.
+
+    python pretrain.py                                  the main job, minutes on a laptop CPU (preset tiny)
+    python pretrain.py --ops 2-10                       the paper's op range
+    python pretrain.py --preset 100m                    the paper's model and recipe (the default with CUDA)
+    python pretrain.py --resume                         continue where it stopped
+    torchrun --nproc_per_node=8 pretrain.py ...         on several GPUs, or with 2 on two cores
+
+Writes a checkpoint to --out and metrics, one JSON row every few steps, beside it (out/pretrain.jsonl). Ctrl-C saves.
+"""
+import argparse
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+from model import CONFIGS, Transformer, build_model, load_checkpoint, sample, save_checkpoint
+
+# A preset is a model (model.CONFIGS) and the settings that suit it. Each can be set on the command line.
+PRESETS = {
+    # chosen by measurement for two CPU cores: README, "How tiny was tuned"
+    "tiny": dict(mix="all:2-4", steps=2000, batch=64, lr=4e-3, min_lr=0.0, warmup=0.05, weight_decay=0.1, clip=1.0,
+                 optimizer="muon", loss="all", micro_tokens=2048, save_every=200, workers=0),
+    # arXiv 2512.07783: 10B of its tokens, about 22M problems, at 512k tokens a step; mixture 20 / 30 / 50 % by difficulty
+    "100m": dict(mix="all:2-4:0.2,all:5-7:0.3,all:8-10:0.5", steps=19_000, batch=1152, lr=1e-4, min_lr=3e-5, warmup=0.05,
+                 weight_decay=0.1, clip=1.0, optimizer="adamw", loss="all", micro_tokens=65536, save_every=500,
+                 workers=4),
+}
+
+
+def arguments():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--preset", choices=PRESETS, help="model and settings (default: 100m with CUDA, else tiny)")
+    p.add_argument("--out", default="out/pretrain.pt", help="checkpoint to write (default out/pretrain.pt)")
+    p.add_argument("--resume", action="store_true", help="continue from --out; the result is that of one long run")
+    p.add_argument("--seed", type=int, default=0, help="of the weights and of the problem stream (default 0)")
+    g = p.add_argument_group("data")
+    g.add_argument("--ops", help="op range, all contexts, uniform: 2-10 or 5")
+    g.add_argument("--mix", help='mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20:0.99,school:2:0.01"')
+    g.add_argument("--distractors", type=float, default=2.0, help="mean number of unneeded sentences (default 2)")
+    g.add_argument("--loss", choices=["all", "solution"], help="tokens with a loss: all, or what follows the prompt")
+    g.add_argument("--workers", type=int, help="processes that make problems; 0: made in between")
+    g = p.add_argument_group("optimization (defaults from the preset)")
+    g.add_argument("--steps", type=int, help="optimizer steps")
+    g.add_argument("--batch", type=int, help="problems per step, over all ranks")
+    g.add_argument("--lr", type=float, help="peak learning rate")
+    g.add_argument("--min-lr", type=float, help="learning rate at the end of the cosine")
+    g.add_argument("--warmup", type=float, help="share of the steps over which the learning rate rises")
+    g.add_argument("--weight-decay", type=float)
+    g.add_argument("--clip", type=float, help="largest norm of the gradient")
+    g.add_argument("--optimizer", choices=["adamw", "muon"], help="muon: for the matrices of the layers, adamw for the rest")
+    g.add_argument("--micro-tokens", type=int, help="tokens per forward pass; gradients add up over a step")
+    g = p.add_argument_group("model (defaults from the preset)")
+    for name, what in dict(n_layers="layers", width="width", n_heads="query heads", n_kv_heads="key-value heads",
+                           mlp="width inside the MLP").items():
+        g.add_argument("--" + name.replace("_", "-"), type=int, help=what)
+    g = p.add_argument_group("running")
+    g.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
+    g.add_argument("--dtype", choices=["bfloat16", "float32"], help="of matrix products (default: bfloat16 where it is fast)")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: with CUDA)")
+    g.add_argument("--log-every", type=int, default=5, help="steps between rows of metrics (default 5)")
+    g.add_argument("--eval-every", type=int, default=100, help="steps between held-out losses (default 100)")
+    g.add_argument("--save-every", type=int, help="steps between checkpoints")
+    g.add_argument("--show", type=int, default=2, help="held-out problems to print at the end (default 2)")
+    args = p.parse_args()
+
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.preset = args.preset or ("100m" if args.device.startswith("cuda") else "tiny")
+    if args.ops and args.mix:
+        p.error("give --ops or --mix, not both")
+    if args.ops:
+        args.mix = f"all:{args.ops}"
+    for name, value in {**PRESETS[args.preset], **asdict(CONFIGS[args.preset])}.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    if args.compile is None:
+        args.compile = args.device.startswith("cuda")
+    if args.dtype is None:
+        fast = args.device.startswith("cuda") or torch.cpu._is_avx512_bf16_supported()
+        args.dtype = "bfloat16" if fast else "float32"
+    try:
+        args.mixture = data.parse_mixture(args.mix)
+        data.distractor_law(args.distractors)
+        torch.empty(0, device=args.device)
+        for name in "steps batch micro_tokens n_layers width n_heads n_kv_heads mlp log_every eval_every save_every".split():
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+        for name in "seed lr min_lr warmup weight_decay workers show".split():
+            if not 0 <= getattr(args, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(args, name)}")
+        if args.width % (2 * args.n_heads) or args.n_heads % args.n_kv_heads:
+            raise ValueError("--width must be a multiple of 2 * n_heads, --n-heads a multiple of --n-kv-heads")
+        if args.warmup >= 1 or not args.clip > 0:
+            raise ValueError("--warmup is a share below 1, --clip is above 0")
+        os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+        open(f"{args.out}.part", "ab").close()  # better to fail now than at the first checkpoint
+        os.remove(f"{args.out}.part")
+    except (ValueError, RuntimeError, OSError) as error:
+        p.error(str(error).splitlines()[0])
+    return p, args
+
+
+def main():
+    parser, args = arguments()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # device, ranks (torchrun sets the variables), precision
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = args.device
+    if world > 1:
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    master = rank == 0
+    torch.set_float32_matmul_precision("high")
+    kind = torch.device(device).type
+    precision = torch.autocast(kind, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
+
+    def say(*text):
+        if master:
+            print(*text, flush=True)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # model and optimizers, new or resumed
+    torch.manual_seed(args.seed)
+    config = replace(CONFIGS[args.preset], **{k: getattr(args, k) for k in ("n_layers", "width", "n_heads", "n_kv_heads", "mlp")})
+    model = Transformer(config).to(device)
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    decay = [p for p in (others if args.optimizer == "muon" else model.parameters()) if p.ndim == 2]
+    no_decay = [p for p in model.parameters() if p.ndim < 2]
+    optimizers = [torch.optim.AdamW([dict(params=decay), dict(params=no_decay, weight_decay=0.0)], lr=args.lr,
+                                    betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)]
+    if args.optimizer == "muon":  # scaled so that one learning rate and weight decay suit both (arXiv 2502.16982)
+        optimizers.append(torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
+
+    # what the result depends on: a resumed run must have the same
+    recipe = {k: v for k, v in vars(args).items() if k not in
+              "resume out ops mixture device log_every eval_every save_every show workers compile".split()} | {"world": world}
+    trained_ops = [op for (_, op), weight in zip(args.mixture.cells, args.mixture.weights) if weight > 0]
+    id_ops = [min(trained_ops), max(trained_ops)]  # "in distribution", for evaluate.py
+    start, tokens_seen, seconds = 0, 0, 0.0
+    metrics = os.path.splitext(args.out)[0] + ".jsonl"
+    if args.resume and os.path.exists(args.out):
+        try:
+            checkpoint = load_checkpoint(args.out)
+            if checkpoint["stage"] != "pretrain":
+                raise ValueError(f"{args.out} is a checkpoint of {checkpoint['stage']}, not of pretrain")
+            for key, value in recipe.items():
+                if checkpoint["recipe"].get(key) != value:
+                    raise ValueError(f"{args.out} was made with {key} {checkpoint['recipe'].get(key)}, not {value}: "
+                                     "resume with the same arguments, or start afresh without --resume")
+            model.load_state_dict(build_model(checkpoint, args.out).state_dict())
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+                optimizer.load_state_dict(state)
+            torch.set_rng_state(checkpoint["rng"])
+        except (ValueError, KeyError) as error:
+            parser.error(str(error))
+        start, tokens_seen, seconds = (checkpoint[k] for k in ("step", "tokens", "seconds"))
+        say(f"resumed {args.out} at step {start} of {args.steps}")
+    elif args.resume:
+        say(f"there is no {args.out} yet: starting at step 0")
+    if master:  # metrics that a killed run wrote past its last checkpoint would be written twice
+        rows = open(metrics).read().splitlines() if start and os.path.exists(metrics) else []
+        with open(metrics, "w") as f:
+            f.writelines(row + "\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= start)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # data: step s trains on problems s * batch ... (s + 1) * batch - 1 of the stream
+    def stream(split, **more):
+        return data.TrainingSteps(args.mixture, args.batch, args.seed, split, args.loss, args.distractors,
+                                  args.micro_tokens, **more)
+
+    train = stream("train", rank=rank, world=world)
+    loader = torch.utils.data.DataLoader(train, batch_size=None, sampler=range(start, args.steps),
+                                         num_workers=args.workers, collate_fn=lambda batches: batches)
+    held_out = list(itertools.chain(*(stream("eval")[s] for s in range(-(-256 // args.batch)))))
+
+    loss_of = torch.compile(model.loss, dynamic=True) if args.compile else model.loss
+
+    def to_device(batch):
+        return [torch.from_numpy(a).to(device, non_blocking=True) for a in batch]
+
+    def accumulate(micro_batches):
+        """Add up the gradient of the mean loss per target token over micro-batches and ranks; returns that loss."""
+        count = torch.tensor(float(sum((y != data.IGNORE).sum() for _, y in micro_batches)), device=device)
+        if world > 1:
+            dist.all_reduce(count)
+        total = torch.zeros((), device=device)
+        for batch in micro_batches:
+            x, y = to_device(batch)
+            with precision:
+                loss = loss_of(x, y) / count
+            loss.backward()
+            total += loss.detach()
+        if world > 1:
+            flat = torch.cat([p.grad.flatten() for p in model.parameters()] + [total[None]])
+            dist.all_reduce(flat)
+            for p, g in zip(model.parameters(), flat[:-1].split([p.numel() for p in model.parameters()])):
+                p.grad.copy_(g.view_as(p))
+            total = flat[-1]
+        return total
+
+    @torch.no_grad()
+    def held_out_loss():
+        total = count = 0.0
+        for batch in held_out:
+            x, y = to_device(batch)
+            with precision:
+                total += float(loss_of(x, y))
+            count += float((y != data.IGNORE).sum())
+        return total / count
+
+    def checkpoint(step):
+        return dict(stage="pretrain", config=asdict(config), model=model.state_dict(), step=step, tokens=tokens_seen,
+                    problems=step * args.batch, seconds=seconds + time.time() - began, recipe=recipe, id_ops=id_ops,
+                    optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state())
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # say what will happen and how long it takes
+    say(f"{args.preset}: {model.n_params() / 1e6:.2f}M parameters, {config.n_layers} layers of width {config.width}; "
+        f"mixture {args.mix}; {args.steps} steps of {args.batch} problems; {args.optimizer}, learning rate {args.lr:g}; "
+        f"{args.dtype} on {device}" + (f", {world} ranks" if world > 1 else "") + f", {torch.get_num_threads()} threads")
+    if start < args.steps:
+        for _ in range(2):  # the first pass warms up
+            then = time.time()
+            float(accumulate(train[start]))
+            model.zero_grad(set_to_none=True)
+        say(f"expected time: about {(time.time() - then) * (args.steps - start) * 1.15 / 60:.1f} minutes")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # train
+    interrupted = []
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda *_: interrupted.append(1))  # finish the step, then save
+    began = logged = time.time()
+    logged_step, logged_tokens, val_loss = start, tokens_seen, None
+    bar = tqdm(total=args.steps, initial=start, unit="step", disable=None if master else True, smoothing=0.05)
+    for step, micro_batches in zip(range(start, args.steps), loader):
+        warmup = max(1, round(args.warmup * args.steps))
+        progress = max(0, step - warmup) / max(1, args.steps - warmup)
+        lr = args.lr * (step + 1) / warmup if step < warmup else \
+            args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+        loss = accumulate(micro_batches)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+        tokens_seen += world * sum(int((x != 0).sum()) for x, _ in micro_batches)
+
+        done = step + 1
+        stop = bool(interrupted)
+        if world > 1:  # one rank's signal stops them all
+            flag = torch.tensor(float(stop), device=device)
+            dist.all_reduce(flag)
+            stop = bool(flag)
+        log, save = done % args.log_every == 0, done % args.save_every == 0 or done == args.steps or stop
+        if (log or save) and not float(loss) < 2 * math.log(config.vocab_size):
+            bar.close()
+            say(f"stopped at step {done}: the loss is {float(loss):.3g}, worse than guessing; try a smaller --lr. "
+                f"{args.out} holds the last good checkpoint, if one was written.")
+            sys.exit(1)
+        if done % args.eval_every == 0 or done == args.steps:
+            val_loss = held_out_loss()
+        if master and (log or done == args.steps):
+            now = time.time()
+            row = dict(step=done, loss=float(loss), val_loss=val_loss, lr=lr, grad_norm=float(grad_norm),
+                       problems=done * args.batch, tokens=tokens_seen, seconds=round(seconds + now - began, 2),
+                       tokens_per_s=round((tokens_seen - logged_tokens) / (now - logged)),
+                       problems_per_s=round((done - logged_step) * args.batch / (now - logged), 1))
+            with open(metrics, "a") as f:
+                f.write(json.dumps(row) + "\n")
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, held out {val_loss or math.nan:.3f}, "
+                                f"{row['tokens_per_s']} tokens/s")
+            logged, logged_step, logged_tokens = now, done, tokens_seen
+        if master and save:
+            save_checkpoint(args.out, checkpoint(done))
+        bar.update()
+        if stop:
+            bar.close()
+            say(f"interrupted: saved {args.out} at step {done}; continue with --resume")
+            sys.exit(130)
+    bar.close()
+    say(f"{args.out}: step {args.steps}, {args.steps * args.batch} problems, "
+        f"{(seconds + time.time() - began) / 60:.1f} minutes of training")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # what it writes on problems it cannot have seen
+    if master and args.show:
+        enc = train.enc
+        rows = [data.make_row(i, args.mixture, args.seed, "eval", train.law) for i in range(args.show)]
+        prompts = [data.encode(enc, data.prompt_text(row)) for row in rows]
+        with precision:
+            texts, _ = sample(model, prompts, enc.encode_single_token(data.END), max_new=512, temperature=0)
+        for row, ids in zip(rows, texts):
+            say(f"\n--- held-out problem, op {row['op']}, {row['template']}\n{row['problem']}{row['question']}"
+                f"\n--- gold\n{data.response_text(row).strip()}\n--- sampled (temperature 0)\n{data.decode(enc, ids).strip()}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
