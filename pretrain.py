@@ -37,6 +37,8 @@ PRESETS = {
                  weight_decay=0.1, clip=1.0, optimizer="adamw", loss="all", micro_tokens=65536, save_every=500,
                  workers=4),
 }
+MODEL = dict(n_layers="layers", width="width", n_heads="query heads", n_kv_heads="key-value heads",
+             mlp="width inside the MLP", rope_theta="base of the rotary periods", init_std="spread of new weights")
 
 
 def arguments():
@@ -62,9 +64,8 @@ def arguments():
     g.add_argument("--optimizer", choices=["adamw", "muon"], help="muon: for the matrices of the layers, adamw for the rest")
     g.add_argument("--micro-tokens", type=int, help="tokens per forward pass; gradients add up over a step")
     g = p.add_argument_group("model (defaults from the preset)")
-    for name, what in dict(n_layers="layers", width="width", n_heads="query heads", n_kv_heads="key-value heads",
-                           mlp="width inside the MLP").items():
-        g.add_argument("--" + name.replace("_", "-"), type=int, help=what)
+    for name, what in MODEL.items():
+        g.add_argument("--" + name.replace("_", "-"), type=float if name in ("rope_theta", "init_std") else int, help=what)
     g = p.add_argument_group("running")
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     g.add_argument("--dtype", choices=["bfloat16", "float32"], help="of matrix products (default: bfloat16 where it is fast)")
@@ -96,13 +97,13 @@ def arguments():
         for name in "steps batch micro_tokens n_layers width n_heads n_kv_heads mlp log_every eval_every save_every".split():
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-        for name in "seed lr min_lr warmup weight_decay workers show".split():
+        for name in "seed lr min_lr warmup weight_decay workers show init_std".split():
             if not 0 <= getattr(args, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(args, name)}")
         if args.width % (2 * args.n_heads) or args.n_heads % args.n_kv_heads:
             raise ValueError("--width must be a multiple of 2 * n_heads, --n-heads a multiple of --n-kv-heads")
-        if args.warmup >= 1 or not args.clip > 0:
-            raise ValueError("--warmup is a share below 1, --clip is above 0")
+        if args.warmup >= 1 or not args.clip > 0 or not args.rope_theta > 0:
+            raise ValueError("--warmup is a share below 1; --clip and --rope-theta are above 0")
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         open(f"{args.out}.part", "ab").close()  # better to fail now than at the first checkpoint
         os.remove(f"{args.out}.part")
@@ -135,7 +136,7 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # model and optimizers, new or resumed
     torch.manual_seed(args.seed)
-    config = replace(CONFIGS[args.preset], **{k: getattr(args, k) for k in ("n_layers", "width", "n_heads", "n_kv_heads", "mlp")})
+    config = replace(CONFIGS[args.preset], **{name: getattr(args, name) for name in MODEL})
     model = Transformer(config).to(device)
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]

@@ -1,0 +1,187 @@
+"""
+Benchmarks: ratios, measured side by side in one run, since machines and their moods differ.
+
+    python tests/bench.py                 all (a few minutes on two cores)
+    python tests/bench.py data verify     only these: data, verify, train, norm, sample
+
+Figures of the authors' public code are those of one core of another machine, so their ratio is a rough one. Where
+`transformers` is installed (pip install transformers), training and sampling run against Hugging Face's Qwen2 of the
+same shape, weights, data and precision, on this machine.
+"""
+import json
+import math
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+root = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root))
+
+import torch  # noqa: E402
+
+import data  # noqa: E402
+import model as ours  # noqa: E402
+import verify  # noqa: E402
+
+AUTHORS_PROBLEMS_PER_S = {2: 372, 3: 99, 4: 1685, 5: 1259, 8: 791, 10: 258, 12: 179, 14: 220, 16: 114, 20: 154}
+AUTHORS_REWARDS_PER_S = 5100  # the upper end of 4,600-5,100
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PRECISION = dict(device_type=DEVICE, dtype=torch.bfloat16)
+CONFIG = ours.CONFIGS["tiny" if DEVICE == "cpu" else "100m"]
+
+
+def row(what, ours_, theirs=None, unit=""):
+    ratio = f"{ours_ / theirs:8.1f}x" if theirs else ""
+    print(f"{what:<44}{ours_:>12,.0f}{theirs or math.nan:>12,.0f}{ratio:>10}  {unit}", flush=True)
+
+
+def rate(f, count, repeats=3):
+    """Best rate of `repeats` runs of f, which does `count` things."""
+    best = 0.0
+    for _ in range(repeats):
+        then = time.perf_counter()
+        f()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, count / (time.perf_counter() - then))
+    return best
+
+
+def bench_data():
+    ratios = {}
+    for op, theirs in AUTHORS_PROBLEMS_PER_S.items():
+        mixture = data.parse_mixture(str(op))
+        mine = rate(lambda: [data.make_row(i, mixture) for i in range(1000)], 1000)
+        ratios[op] = mine / theirs
+        row(f"problems/s, one core, op {op}", mine, theirs, "theirs: the public generator, accepted problems")
+    row("  ratio, geometric mean over 2, 5, 10, 14, 20",
+        statistics.geometric_mean(ratios[op] for op in (2, 5, 10, 14, 20)))
+    enc = data.tokenizer()
+    rows = [data.make_row(i, data.parse_mixture("2-10")) for i in range(1000)]
+    row("tokenized problems/s, one core, op 2-10", rate(lambda: [data.encode_row(enc, r) for r in rows], 1000))
+
+
+def bench_verify():
+    gold = root.parent / "shared" / "gold" / "forward.jsonl"
+    rows = [json.loads(line) for line in open(gold, encoding="utf-8")] if gold.exists() else \
+        [data.make_row(i, data.parse_mixture("2-20")) for i in range(300)]
+    solutions = [r["solution"] for r in rows]
+
+    def fresh():  # the gold solution parsed anew for every response
+        for s in solutions:
+            verify._gold.cache_clear()
+            verify.verify(s, s)
+
+    what = "public rows" if gold.exists() else "our rows of op 2-20"
+    row(f"verifications/s, one core, {what}", rate(fresh, len(rows)), AUTHORS_REWARDS_PER_S, "theirs: full rewards/s")
+    for s in solutions:
+        verify.verify(s, s)
+    row("  gold parsed once for several responses", rate(lambda: [verify.verify(s, s) for s in solutions], len(rows)),
+        AUTHORS_REWARDS_PER_S)
+
+
+def hf_model(model):
+    try:
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+    except ImportError:
+        print("  (pip install transformers for the comparison with Hugging Face)")
+        return None
+    config, state = ours.to_hf(model)
+    hf = Qwen2ForCausalLM(Qwen2Config(**config)).to(DEVICE)
+    hf.load_state_dict(state)
+    return hf
+
+
+def train_steps(model, batches, loss_of):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def run():
+        for x, y in batches:
+            with torch.autocast(**PRECISION):
+                loss = loss_of(model, x, y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    run()  # warm up
+    return run
+
+
+def training_batches(ops):
+    steps = data.TrainingSteps(data.parse_mixture(ops), 64, micro_tokens=2048 if DEVICE == "cpu" else 65536)
+    batches = [tuple(torch.from_numpy(a).to(DEVICE) for a in batch) for s in range(4) for batch in steps[s]]
+    return batches, sum(int((x != 0).sum()) for x, _ in batches)
+
+
+def bench_train():
+    torch.manual_seed(0)
+    for ops in ("2-4", "2-10"):
+        model = ours.Transformer(CONFIG).to(DEVICE)
+        batches, tokens = training_batches(ops)
+        hf = hf_model(model)
+        run = train_steps(model, batches, lambda m, x, y: m.loss(x, y, "mean"))
+        hf_run = hf and train_steps(hf, batches, lambda m, x, y: torch.nn.functional.cross_entropy(
+            m(input_ids=x).logits.flatten(0, 1).float(), y.flatten()))
+        mine, theirs = 0.0, 0.0
+        for _ in range(3):  # in turns, so that a slow moment of the machine meets both
+            mine = max(mine, rate(run, tokens, 1))
+            theirs = max(theirs, rate(hf_run, tokens, 1)) if hf else 0.0
+        row(f"training tokens/s, op {ops}, bf16", mine, theirs, "theirs: Qwen2ForCausalLM, same shape and batches")
+
+
+def bench_norm():
+    """Whole training steps with our RMSNorm against F.rms_norm."""
+    torch.manual_seed(0)
+    batches, tokens = training_batches("2-4")
+    run = train_steps(ours.Transformer(CONFIG).to(DEVICE), batches, lambda m, x, y: m.loss(x, y, "mean"))
+    written_out = ours.RMSNormCPU.apply
+    rates = {}
+    for name in ("ours", "theirs") * 3:
+        ours.RMSNormCPU.apply = written_out if name == "ours" else \
+            lambda x, w, eps: torch.nn.functional.rms_norm(x, x.shape[-1:], w, eps)
+        rates[name] = max(rates.get(name, 0), rate(run, tokens, 1))
+    ours.RMSNormCPU.apply = written_out
+    row("training tokens/s with our RMSNorm on a CPU", rates["ours"], rates["theirs"], "theirs: F.rms_norm")
+
+
+@torch.no_grad()
+def bench_sample(n_prompts=32, n=8, new=64):
+    torch.manual_seed(0)
+    model = ours.Transformer(CONFIG).to(DEVICE).eval()
+    enc = data.tokenizer()
+    rows = [data.make_row(i, data.parse_mixture("2-10")) for i in range(n_prompts)]
+    prompts = [data.encode(enc, data.prompt_text(r)) for r in rows]
+    count = n_prompts * n * new
+    nowhere = CONFIG.vocab_size  # a stop token that never comes: both sides write the same number of tokens
+
+    def mine():
+        with torch.autocast(**PRECISION):
+            tokens, _ = ours.sample(model, prompts, nowhere, n=n, max_new=new)
+        assert sum(map(len, tokens)) == count
+
+    hf = hf_model(model)
+    theirs = None
+    if hf:
+        hf.eval()
+        hf.generation_config.pad_token_id = 0
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=DEVICE)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
+
+        def hf_generate():
+            with torch.autocast(**PRECISION):
+                out = hf.generate(input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, temperature=1.0,
+                                  num_return_sequences=n, max_new_tokens=new, min_new_tokens=new, use_cache=True)
+            assert out.shape == (n_prompts * n, longest + new)
+        theirs = rate(hf_generate, count, 2)
+    row(f"sampled tokens/s, {n_prompts} prompts x {n}, op 2-10, bf16", rate(mine, count, 2), theirs,
+        "theirs: transformers' generate, same weights and batch")
+
+
+if __name__ == "__main__":
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+          f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else os.uname().machine + ' CPU'}, model {CONFIG}\n")
+    print(f"{'':<44}{'ours':>12}{'theirs':>12}{'ratio':>10}")
+    for name in sys.argv[1:] or ["data", "verify", "train", "norm", "sample"]:
+        globals()[f"bench_{name}"]()
