@@ -1,0 +1,451 @@
+"""
+Reads a written solution back into a graph, says how right it is, and what reward that earns.
+
+A solution defines nodes in steps, then states an answer in one of two forms:
+
+    Define owl in South Zoo as a; so a = 4. Define fox in South Zoo as e; t = a = 4; so e = 3 + t = 3 + 4 = 7.
+    Answer: 7.                              as the data set writes it
+    </solution> <answer> 7 </answer>        as the model does
+
+`parse` turns such a text into steps with parents, values and rules. `verify` compares a response with the gold solution
+of its problem. Both take any response at all, in linear time, and never raise because of one.
+
+    python verify.py rows.jsonl                                     # every row's own solution should be right
+    python verify.py rows.jsonl --responses r.jsonl --out v.jsonl   # score responses
+"""
+import argparse
+import collections
+import functools
+import json
+import os
+import re
+import string
+import sys
+from typing import NamedTuple, Optional
+
+# -----------------------------------------------------------------------------
+# names of errors: every string in a verdict's `errors` is one of these, then ": " and a detail
+
+MISSING, EXTRA = "missing node", "extra node"
+PARENTS, VALUE, RULE = "wrong parents", "wrong value", "wrong operator or literal"
+ARITHMETIC = "false arithmetic"        # an equality that does not hold
+UNDEFINED = "undefined letter"         # without a value so far, or another step's intermediate
+REDEFINED = "redefinition"             # a letter or a node defined a second time
+UNUSED = "unused letter"               # an intermediate that nothing in its step uses
+WRONG_ANSWER, NO_ANSWER, SEVERAL = "wrong answer", "no answer", "several answers"
+UNPARSABLE, STRAY = "unparsable step", "stray text"
+
+REWARDS = ("outcome", "process", "mixed", "strict")
+
+# -----------------------------------------------------------------------------
+# text -> graph
+
+LETTERS = frozenset(string.ascii_letters)
+OPERATORS = frozenset("+-*")
+LETTER = re.compile(r"\b[A-Za-z]\b")
+# [0-9] because \d also matches the digits of other scripts; 18 because the data needs 4 digits, and int() of a number
+# without end is slow and then refused. A longer number is no number.
+INT = "-?[0-9]{1,18}"
+NUMBER = re.compile(INT)
+LARGEST = 10 ** 18
+OPERAND = f"(?:[A-Za-z]|{INT})"
+EXPR = f"{OPERAND}(?: [-+*] {OPERAND})*"
+ASSIGN = re.compile(f"(so )?([A-Za-z]) = ((?:{EXPR} = )*)({INT})")
+
+ENDS = ("Answer:", "</solution>", "<answer>")        # the first of these ends the steps
+ENDING = re.compile(rf"(?:Answer: ?({INT}) ?\.(?: ?</solution>)?|</solution> ?<answer> ?({INT}) ?</answer>)"
+                    r"(?: ?<\|endoftext\|>)*")
+ANSWER = re.compile(rf"Answer:(?: ?({INT}) ?\.(?=[ <]|$))?|<answer>(?: ?({INT}) ?</answer>)?")
+
+MAX_PARENTS = 16                       # past these two a step is wrong whatever follows, so that none takes long
+MAX_NAME = 200
+UNKNOWN = frozenset([None])            # parents of an undefined letter, or too many: no node is named None
+NOTHING = (None, None, UNKNOWN)        # what an undefined letter stands for
+NO_RULE = ()                           # of a value that comes from its parents as in no problem
+
+
+class Step(NamedTuple):
+    """One "Define NAME as LETTER; ... so LETTER = ... ." and what is wrong with it by itself."""
+    name: Optional[str]                 # None if it does not begin with "NAME as LETTER;"
+    text: str
+    letter: str = ""
+    parents: frozenset = UNKNOWN        # names of the nodes whose letters it uses, directly or through intermediates
+    value: Optional[int] = None         # the last integer written for its letter
+    rule: Optional[tuple] = None        # how the value comes from the parents, see `_combine`; None if unreadable
+    errors: tuple = ()
+
+
+class Trace(NamedTuple):
+    """A parsed solution."""
+    steps: list
+    nodes: dict             # name -> its steps, in order; more than one if it is defined again
+    answers: list           # one per stated answer, None for what is not an integer
+    errors: list            # what is wrong outside the steps
+
+    @property
+    def answer(self):
+        """The stated answer, None if there is none or several differ."""
+        return self.answers[0] if len(set(self.answers)) == 1 else None
+
+
+def parse(text):
+    """Any text -> Trace. Linear in len(text), never raises.
+
+    Takes both forms of a solution, with or without its prompt. Any white space counts as one space. The steps end where
+    the first answer begins: nothing written later counts for them. A letter means what it last meant at that point.
+    """
+    text = " ".join(text.split())
+    prompt, tag, solution = text.partition("<solution>")
+    if tag and (not prompt or prompt.startswith("<question>") and prompt.rstrip().endswith("</question>")):
+        text = solution
+    end = min([i for i in map(text.find, ENDS) if i >= 0], default=len(text))
+    before, *chunks = text[:end].split("Define ")
+    answers, errors = _answers(text[end:])
+    if before.strip():
+        errors.append(f"{STRAY}: {_short(before)}")
+    steps, nodes, env = [], {}, {}
+    for chunk in chunks:
+        step = _step(chunk.strip(), nodes, env)
+        steps.append(step)
+        if step.name is not None:
+            nodes.setdefault(step.name, []).append(step)
+    return Trace(steps, nodes, answers, errors)
+
+
+def _answers(ending):
+    """What follows the steps -> (answers, errors)."""
+    well_formed = ENDING.fullmatch(ending)
+    if well_formed:
+        return [int(well_formed[1] or well_formed[2])], []
+    written = [m[1] or m[2] for m in ANSWER.finditer(ending)]
+    answers = [int(n) if n else None for n in written]
+    if len(answers) > 1:
+        return answers, [f"{SEVERAL}: {_short(ending)}"]
+    if answers in ([], [None]):
+        return answers, [f"{NO_ANSWER}: {_short(ending) or 'the text ends before it'}"]
+    return answers, [f"{STRAY}: {_short(ending)}"]
+
+
+def _step(text, nodes, env):
+    """The text after one "Define " -> Step. Enters its letters in env: letter -> (number as written, rule, parents)."""
+    header, _, body = text.partition(";")
+    name, _, letter = header.rpartition(" as ")
+    if not 0 < len(name) <= MAX_NAME or letter not in LETTERS:
+        return Step(None, text, errors=(f"{UNPARSABLE}: {_short(text)}",))
+    errors = []
+    if name in nodes:
+        errors.append(f"{REDEFINED}: {name}")
+    if letter in env:
+        errors.append(f"{REDEFINED}: {name}, letter {letter}")
+    if not body.endswith("."):
+        errors.append(f"{UNPARSABLE}: {name}, no full stop at its end")
+    itself, me = (None, None, ("+" + name,)), frozenset([name])
+    env[letter] = None, itself, me
+    value, rule, parents, own, used = None, None, set(), set(), set()       # own: letters of intermediates
+
+    assigns = body.removesuffix(".").split(";")
+    for i, assign in enumerate(assigns, 1):
+        assign = assign.strip()
+        m = ASSIGN.fullmatch(assign)
+        if m:
+            so, x, sides, n = m.groups()
+            words = sides.split(" ")
+            letters = LETTERS.intersection(words)
+        else:
+            x, n, letters = _garbled(assign)
+        how, error, above = None, None, set()
+        for y in letters:
+            number, _, parents_y = env.get(y, NOTHING)
+            above |= parents_y
+            if number is None:
+                error = UNDEFINED
+        parents |= above
+        used |= letters
+
+        if not m or not bool(so) == (x == letter) == (i == len(assigns)):
+            error = UNPARSABLE                           # "so LETTER = ..." comes last, and nothing else has a "so"
+        elif x != letter and x in env:
+            error = REDEFINED
+        elif not error:
+            how, error = _check(words, n, env)
+        if error:
+            errors.append(f"{error}: {name}, {_short(assign)}")
+        if x == letter:
+            value, rule, env[x] = n and int(n), how, (n, itself, me)
+        elif x in LETTERS:
+            env[x] = n, how, above if len(above) <= MAX_PARENTS else UNKNOWN
+            own.add(x)
+    for x in sorted(own):
+        env[x] = None, None, env[x][2]                   # outside its step an intermediate has no value
+        if x not in used:
+            errors.append(f"{UNUSED}: {name}, letter {x}")
+    return Step(name, text, letter, frozenset(parents), value, rule, tuple(errors))
+
+
+def _garbled(assign):
+    """What can be made of text that is no ASSIGN -> (its first word, number or None, letters after the first "=")."""
+    x, *sides = assign.removeprefix("so ").split(" = ")
+    n = sides[-1] if sides and NUMBER.fullmatch(sides[-1]) else None
+    return x, n, set(LETTER.findall(assign, assign.find("=") + 1))
+
+
+def _check(words, n, env):
+    """The words of "e1 = e2 = ... = " before a number n -> (rule of e1, name of the first error or None).
+
+    Every side must come to n, and those after e1 must be e1 with numbers put for letters: 3 + t = 3 + 2 = 5 and not
+    3 + t = 4 + 1 = 5, though the operands of + and * may change places.
+    """
+    if words == [""]:                                    # a leaf
+        return (None, int(n), ()), None
+    first, rest = words[:words.index("=")], words[words.index("=") + 1:-2]
+    numbers, value, rule = _side(first, env)
+    if value != int(n):
+        return rule, ARITHMETIC
+    if not rest or rest == numbers:                      # nearly always
+        return rule, None
+    error, letters, in_order = None, LETTERS.intersection(first), sorted(numbers)
+    commutes = "-" not in first and not ("+" in first and "*" in first)
+    for side in " ".join(rest).split(" = "):
+        side = side.split(" ")
+        other, value, _ = _side(side, env)
+        if value != int(n):
+            return rule, ARITHMETIC
+        same = other == numbers or commutes and len(other) == len(numbers) and sorted(other) == in_order
+        if not same or not letters.issuperset(LETTERS.intersection(side)):
+            error = RULE
+    return rule, error
+
+
+def _side(words, env):
+    """Operands with operators between -> (the words with numbers put for letters, the value or None, the rule)."""
+    numbers, rule, op, total, term = [], None, "+", 0, 0
+    for word in words:
+        if word in OPERATORS:
+            op = word
+            numbers.append(word)
+            continue
+        number, its_rule, _ = env[word] if word in LETTERS else (word, (None, int(word), ()), None)
+        rule = _combine(rule, op, its_rule) if numbers else its_rule
+        numbers.append(number)
+        if op == "*":
+            term *= int(number)
+            if abs(term) > LARGEST:                      # before squares of squares get out of hand
+                return numbers, None, NO_RULE
+        else:
+            total, term = total + term, int(number) if op == "+" else -int(number)
+    if "*" in words and len(words) > 3:                  # a problem multiplies by one literal, last
+        rule = NO_RULE
+    return numbers, total + term, rule
+
+
+def _combine(a, op, b):
+    """Two rules and an operator -> a rule, (factor, literal, terms) or NO_RULE.
+
+    A rule stands for factor * (literal + sum of terms), where factor and literal are None if there is none, and terms
+    is a sorted tuple of "+name" and "-name". So it forgets letters, order and the division of a sum into intermediates,
+    but literals and repeated parents stay apart and nothing cancels. NO_RULE is for what no problem asks: two literals,
+    a literal subtracted, a product of letters, a product inside a sum.
+    """
+    if not a or not b or a[0] is not None or b[0] is not None or a[1] is not None and b[1] is not None:
+        return NO_RULE
+    (_, m, terms), (_, n, terms_b) = a, b
+    if op == "*":
+        return NO_RULE if terms and terms_b else (n if terms else m, None, terms or terms_b)
+    if op == "-":
+        if n is not None:
+            return NO_RULE
+        terms_b = tuple([("-" if t[0] == "+" else "+") + t[1:] for t in terms_b])
+    if len(terms) + len(terms_b) > MAX_PARENTS:
+        return NO_RULE
+    return None, n if m is None else m, tuple(sorted(terms + terms_b))
+
+
+def _short(text, n=80):
+    """An excerpt for a message."""
+    return text if len(text) <= n else text[:n - 3] + "..."
+
+
+# -----------------------------------------------------------------------------
+# graph against graph
+
+@functools.lru_cache(maxsize=4096)     # GRPO scores several responses per problem
+def _gold(text):
+    gold = parse(text)
+    if not gold.nodes:
+        raise ValueError(f"this gold solution defines no node: {_short(text)!r}")
+    if gold.answer is None:
+        raise ValueError(f"this gold solution has no answer: {_short(text)!r}")
+    return gold
+
+
+def verify(gold, response):
+    """Compares a response with the gold solution of its problem, both texts -> a verdict, a dict:
+
+    outcome   bool, the stated answer is the gold answer (as integers)
+    process   float 0..1, the share of gold nodes that the response defines with the right parent set and value; a node
+              defined several times counts if every definition is right (arXiv 2512.07783, ProcessAcc)
+    verified  bool, outcome and process == 1 (the paper's metric, which tolerates extra nodes)
+    strict    bool, verified, and the text proves it: true arithmetic, letters and nodes defined once and before use,
+              each value from its parents by the gold operators and literals (+ and * commute), nothing extra, and one
+              answer, which is the last node's value
+    errors    list of "name of the error: detail", empty exactly when strict
+
+    Raises ValueError if the gold solution has no node or no answer, and never because of the response.
+    """
+    gold, trace = _gold(gold), parse(response)
+    process, judged = _compare(gold, trace)
+    errors = [error for _, found in judged for error in found]
+    outcome = trace.answer == gold.answer
+    return {"outcome": outcome, "process": process, "verified": outcome and process == 1,
+            "strict": not errors, "errors": list(dict.fromkeys(errors))}
+
+
+def explain(gold, response):
+    """The response step by step: a list of (text, ok, why), with entries for missing nodes and for the answer too.
+
+    ok is by the strict standard; why names the errors, "" if ok. Raises ValueError as `verify` does.
+    """
+    _, judged = _compare(_gold(gold), parse(response))
+    return [(text, not errors, "; ".join(errors)) for text, errors in judged]
+
+
+def _compare(gold, trace):
+    """Two traces -> (ProcessAcc, [(text, errors)]), the pairs being each step, each missing node and the answer."""
+    wrong, judged = set(), []
+    for step in trace.steps:
+        errors = [*step.errors]
+        if step.name in gold.nodes:
+            of_gold = gold.nodes[step.name][-1]
+            if step.parents != of_gold.parents:
+                errors.append(f"{PARENTS}: {step.name}")
+                wrong.add(step.name)
+            elif step.rule is not None and (step.rule != of_gold.rule or step.rule == NO_RULE):
+                errors.append(f"{RULE}: {step.name}")
+            if step.value != of_gold.value or step.value is None:
+                errors.append(f"{VALUE}: {step.name}")
+                wrong.add(step.name)
+        elif step.name is not None:
+            errors.append(f"{EXTRA}: {step.name}")
+        judged.append((f"Define {step.text}", errors))
+    missing = [name for name in gold.nodes if name not in trace.nodes]
+    judged += [(f"Define {name}", [f"{MISSING}: {name}"]) for name in missing]
+    said, errors = trace.answer, trace.errors
+    if said is not None and said != gold.answer:
+        errors = [*errors, f"{WRONG_ANSWER}: {said}, not {gold.answer}"]
+    elif said is not None and trace.steps and said != trace.steps[-1].value:
+        errors = [*errors, f"{WRONG_ANSWER}: {said} is not the value of the last step"]
+    judged.append((f"Answer: {'none' if said is None else said}", errors))
+    return (len(gold.nodes) - len(missing) - len(wrong)) / len(gold.nodes), judged
+
+
+def reward(verdict, kind, alpha=0.2):
+    """The reward, 0..1, of a verdict of `verify`; kind is outcome, process, mixed or strict.
+
+    mixed is alpha * outcome + (1 - alpha) * process, as the paper has it (arXiv 2512.07783; alpha 0.2 and 0.5). The
+    authors' code departs from that formula and gives 0 whenever the answer is wrong; here right steps always earn their
+    part. Raises ValueError for another kind.
+    """
+    if kind not in REWARDS:
+        raise ValueError(f"no reward is called {kind!r}: choose from {', '.join(REWARDS)}")
+    if kind == "mixed":
+        return alpha * verdict["outcome"] + (1 - alpha) * verdict["process"]
+    return float(verdict[kind])
+
+
+# -----------------------------------------------------------------------------
+# command line
+
+HELP = """
+rows.jsonl   one JSON object a line with the gold "solution", as data.py writes them
+r.jsonl      {"row": 0, "response": "Define ... . </solution> <answer> 7 </answer>"}, row counted from 0
+v.jsonl      {"row", "outcome", "process", "verified", "strict", "errors"}, one line per response, in order
+
+On stdout goes one JSON object: how many responses were scored, how many of them are right by outcome, verified and
+strict, the mean of process, and in how many responses each kind of error occurs.
+
+example:
+  python data.py --ops 2-10 --n 1000 --out rows.jsonl
+  python verify.py rows.jsonl
+  {"rows": 1000, "responses": 1000, "outcome": 1000, "process": 1.0, "verified": 1000, "strict": 1000, "errors": {}}
+"""
+
+
+def read_jsonl(path, field):
+    """The objects of a file, one JSON object a line, each with text in `field`. Raises OSError, ValueError."""
+    objects = []
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                raise ValueError(f'{path}, line {number}: this is not a JSON object with text in "{field}"')
+            objects.append(row)
+    if not objects:
+        raise ValueError(f"{path} has no rows")
+    return objects
+
+
+def write_whole(path, text):
+    """Writes a file or, if that fails, leaves what was there. Raises OSError."""
+    tmp = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(tmp, "w", encoding="utf-8") as f:
+            f.write(text)
+        os.replace(tmp, path)
+    finally:
+        if os.path.exists(tmp):
+            os.remove(tmp)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Scores written solutions against the gold solutions of their problems.",
+        epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", help="the problems")
+    parser.add_argument("--responses", metavar="r.jsonl", help="what to score (default: each row's own solution)")
+    parser.add_argument("--out", metavar="v.jsonl", help="where the verdicts go (default: nowhere)")
+    args = parser.parse_args(argv)
+    try:
+        rows = read_jsonl(args.rows, "solution")
+        responses = [{"row": i, "response": row["solution"]} for i, row in enumerate(rows)]
+        if args.responses is not None:
+            responses = read_jsonl(args.responses, "response")
+        for i, r in enumerate(responses, 1):
+            if type(r.get("row")) is not int or not 0 <= r["row"] < len(rows):
+                raise ValueError(f'{args.responses}, response {i}: its "row" must be from 0 to {len(rows) - 1}')
+        if args.out is not None:                         # before the work, not after it
+            out, inputs = os.path.realpath(args.out), [args.rows, args.responses or args.rows]
+            if not os.path.isdir(os.path.dirname(out)) or os.path.exists(out) and not os.path.isfile(out):
+                raise ValueError(f"--out {args.out}: no file can be written there")
+            if out in map(os.path.realpath, inputs):
+                raise ValueError(f"--out {args.out} would replace an input")
+        verdicts = []
+        for r in responses:
+            try:
+                verdicts.append({"row": r["row"], **verify(rows[r["row"]]["solution"], r["response"])})
+            except ValueError as e:
+                raise ValueError(f"{args.rows}, row {r['row']}: {e}")
+        if args.out is not None:
+            write_whole(out, "".join(json.dumps(v) + "\n" for v in verdicts))
+    except (OSError, ValueError) as e:
+        parser.error(str(e))
+    kinds = collections.Counter(kind for v in verdicts for kind in dict.fromkeys(e.split(":")[0] for e in v["errors"]))
+    print(json.dumps({
+        "rows": len(rows), "responses": len(verdicts), "outcome": sum(v["outcome"] for v in verdicts),
+        "process": sum(v["process"] for v in verdicts) / len(verdicts),
+        "verified": sum(v["verified"] for v in verdicts), "strict": sum(v["strict"] for v in verdicts),
+        "errors": dict(kinds.most_common())}))
+
+
+if __name__ == "__main__":
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:            # the reader has gone; give the flush at exit somewhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
