@@ -28,6 +28,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -83,8 +84,9 @@ P_LITERAL = 0.72               # "INT plus expr" or "INT times expr" rather than
 P_NEWEST = 0.85                # expand the newest waiting node (makes the graph deep) rather than any
 N_PARENTS = (1,) * 20 + (2,) * 58 + (3,) * 14 + (4,) * 8   # of an instance, in percent
 N_CHILDREN = (1,) * 8 + (2,) * 52 + (3,) * 29 + (4,) * 11  # of a TOTAL
-P_LEAF_DISTRACTOR = 0.3
-N_SHORT = 3                    # distractors from the fourth on are long sentences (why: see `distractor_law`)
+P_DIFFERENCE = 0.45, 0.08       # of two parents: with different values, and with equal ones (the result would be 0)
+P_LEAF_DISTRACTOR = 0.45       # a distractor is a number alone
+N_SHORT = 4                    # distractors from the fifth on are long sentences (why: see `distractor_law`)
 LEAF_VALUES = (1,) * 3 + (2,) * 7 + (3,) * 7 + (4,) * 7    # of the public data: 1/8, 7/24, 7/24, 7/24
 
 
@@ -225,14 +227,11 @@ def sample_rule(rng, rules, entity, parents, has_literal):
         literal = LEAF_VALUES[int(rand() * 24)]
         return Rule((), False, "", literal, literal)
     is_total = entity % (GRID + 1) == TOTAL
-    difference = len(parents) == 2 and not is_total and rand() < 0.5
-    if difference:
-        a, b = parents
-        if rules[a].value < rules[b].value:
-            a, b = b, a
-        parents, value = (a, b), rules[a].value - rules[b].value
-    else:
-        value = sum([rules[p].value for p in parents])
+    values = [rules[p].value for p in parents]
+    difference = len(parents) == 2 and not is_total and rand() < P_DIFFERENCE[values[0] == values[1]]
+    if difference and values[0] < values[1]:
+        parents = parents[::-1]
+    value = abs(values[0] - values[1]) if difference else sum(values)
     if not has_literal:
         return Rule(parents, difference, "", 0, value)
     if rand() < 0.5 and 4 * value <= MAX_VALUE:
@@ -278,8 +277,10 @@ def sample_distractors(rng, rules, n):
             return None
         entity = free.pop(int(rand() * len(free)))
         parents = []
-        if j >= N_SHORT or rand() >= P_LEAF_DISTRACTOR:
-            for _ in range(N_PARENTS[int(rand() * 100)] if j < N_SHORT else 4):
+        if rand() >= P_LEAF_DISTRACTOR or j >= N_SHORT:
+            for _ in range(N_PARENTS[int(rand() * 100)] if j < N_SHORT else 6):
+                if len(parents) == 4:
+                    break
                 known = list(rules)
                 parent = a_total(entity // (GRID + 1)) if rand() < 0.15 else known[int(rand() * len(known))]
                 if parent is not None and parent not in parents:
@@ -298,18 +299,18 @@ MAX_DISTRACTORS = 12  # what always fits beside the largest graphs
 def distractor_law(mean):
     """Cumulative probabilities of 0..12 distractors with that mean, `--distractors`.
 
-    A geometric law with a fat tail: one problem in eight draws its number uniformly from 0..12. The tail makes training
-    texts at op 2-10 reach the lengths of op 20, so that "cannot do op 20" never just means "never saw that distance".
+    A geometric law with a fat tail: one problem in sixteen has 8 to 12, long ones. The tail brings training texts at
+    op 2-10 up to 320 tokens, where op 20 has 315 on average: the names of a problem leave no room for longer texts.
     Raises ValueError for a mean outside 0..10.
     """
     if not 0 <= mean <= 10:
         raise ValueError(f"the mean number of distractors must be in 0..10, got {mean:g}")
     ns = np.arange(MAX_DISTRACTORS + 1)
-    tail = min(0.125, mean / MAX_DISTRACTORS)
+    tail = min(1 / 16, mean / 20)
 
     def law(ratio):
         geometric = ratio ** ns / np.sum(ratio ** ns)
-        return (1 - tail) * geometric + tail / len(ns)
+        return (1 - tail) * geometric + tail * (ns >= 8) / np.sum(ns >= 8)
 
     low, high = 0.0, 1e3  # the mean grows with the ratio: bisect
     for _ in range(100):
@@ -445,16 +446,16 @@ def parse_mixture(spec):
     cells, weights = [], []
     for part in spec.split(","):
         fields = part.strip().split(":")
-        context = fields.pop(0) if fields[0] == "all" or fields[0] in CONTEXTS else "all"
-        if not 1 <= len(fields) <= 2:
+        context = "all" if fields[0][:1].isdecimal() else fields.pop(0)
+        if context not in (*CONTEXTS, "all") or not 1 <= len(fields) <= 2:
             raise ValueError(f"mixture part {part!r} is not [zoo|school|movie|all:]OPS[:WEIGHT], e.g. zoo:2-20:0.99")
         ops = parse_ops(fields[0])
         try:
             weight = float(fields[1]) if len(fields) == 2 else 1.0
         except ValueError:
             raise ValueError(f"weight {fields[1]!r} in mixture part {part!r} is not a number") from None
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"weight {fields[1]!r} in mixture part {part!r} must be a number >= 0")
+        if not 0 <= weight <= 1e9:
+            raise ValueError(f"weight {fields[1]!r} in mixture part {part!r} must be a number from 0 to 1e9")
         group = [(c, op) for c in ([context] if context != "all" else CONTEXTS) for op in ops]
         cells += group
         weights += [weight / len(group)] * len(group)
@@ -462,6 +463,16 @@ def parse_mixture(spec):
         raise ValueError(f"the weights of mixture {spec!r} are all zero")
     weights = [w / sum(weights) for w in weights]
     return Mixture(spec, cells, weights, list(itertools.accumulate(weights)))
+
+
+def mixture_of(ops, mix, default):
+    """The mixture of the options --ops and --mix, of which at most one may be given."""
+    if ops is not None and mix is not None:
+        raise ValueError("give --ops or --mix, not both")
+    if ops is not None:
+        parse_ops(ops)
+        mix = f"all:{ops}"
+    return parse_mixture(default if mix is None else mix)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -524,12 +535,12 @@ def make_row(i, mixture, seed=0, split="train", law=distractor_law(2)):
 def read_rows(path):
     """Rows of a JSONL file in the public format. Raises ValueError or OSError with a line for the user."""
     rows = []
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
             try:
                 row = json.loads(line)
-                prompt_text(row), row["solution"].split, row["op"] + 0
-            except (ValueError, KeyError, TypeError, AttributeError):
+                prompt_text(row), row["solution"].split, row["template"], range(row["op"])
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise ValueError(f"{path} line {n} is not a row with problem, question, solution and op") from None
             rows.append(row)
     if not rows:
@@ -609,7 +620,8 @@ class TrainingSteps:
 
     Step s trains on problems s * batch_size ... (s + 1) * batch_size - 1; rank r of `world` ranks takes every world-th
     of them. One problem is one row: padding on the right needs no mask under causal attention, and no row sees another.
-    Rows are sorted by length and cut into micro-batches of at most `micro_tokens` tokens, padding included.
+    Rows are sorted by length and cut into micro-batches of at most `micro_tokens` tokens, padding included (one row may
+    be longer). Their shapes are multiples of (4, 16): libraries prepare a kernel for each new shape and keep it.
 
     A micro-batch is (x, y), int64 arrays (rows, T): y[b, t] is the token after x[b, t], or IGNORE where there is no
     loss: on padding and, with loss="solution", on the prompt.
@@ -628,18 +640,24 @@ class TrainingSteps:
                 for i in range(first + self.rank, first + self.batch_size, self.world)]
         rows.sort(key=lambda row: len(row[0]))
         batches, start = [], 0
-        for end in range(1, len(rows) + 1):
-            if end == len(rows) or (end + 1 - start) * len(rows[end][0]) > self.micro_tokens:
-                batches.append(pad(rows[start:end], self.loss))
-                start = end
+        while start < len(rows):
+            end = start + 1
+            while end < len(rows) and math.prod(padded(end + 1 - start, len(rows[end][0]) - 1)) <= self.micro_tokens:
+                end += 1
+            batches.append(pad(rows[start:end], self.loss))
+            start = end
         return batches
+
+
+def padded(n_rows, T):
+    return -(-n_rows // 4) * 4, -(-T // 16) * 16
 
 
 def pad(rows, loss="all"):
     """[(ids, n_prompt)] -> (x, y) as in `TrainingSteps`."""
-    T = max(len(ids) for ids, _ in rows) - 1
-    x = np.zeros((len(rows), T), np.int64)
-    y = np.full((len(rows), T), IGNORE, np.int64)
+    shape = padded(len(rows), max(len(ids) for ids, _ in rows) - 1)
+    x = np.zeros(shape, np.int64)
+    y = np.full(shape, IGNORE, np.int64)
     for b, (ids, n_prompt) in enumerate(rows):
         first = n_prompt if loss == "solution" else 1  # the first token with a loss
         x[b, :len(ids) - 1] = ids[:-1]
@@ -687,9 +705,7 @@ def main():
     p.add_argument("--out", help="JSONL file to write; without it the problems are shown")
     args = p.parse_args()
     try:
-        if args.ops and args.mix:
-            raise ValueError("give --ops or --mix, not both")
-        mixture = parse_mixture(args.mix or args.ops or "2-10") if not args.ops else parse_mixture(f"all:{args.ops}")
+        mixture = mixture_of(args.ops, args.mix, "2-10")
         law = distractor_law(args.distractors)
         if args.n < 1:
             raise ValueError(f"--n must be at least 1, got {args.n}")
@@ -698,20 +714,24 @@ def main():
         if args.split not in ("train", "eval"):
             raise ValueError(f"--split is train or eval, got {args.split!r}")
         rows = (make_row(i, mixture, args.seed, args.split, law) for i in range(args.n))
-        if not args.out:
+        if args.out is None:
             for row in rows:
                 print(show(row))
             return
+        if os.path.exists(args.out) and not os.path.isfile(args.out):
+            raise ValueError(f"--out {args.out} is not a file")
         from tqdm import tqdm
-        part = f"{args.out}.part"  # so that a file under its final name is always whole
+        part = f"{os.path.realpath(args.out)}.{os.getpid()}.part"  # so that a file under its final name is always whole
         try:
             with open(part, "w", encoding="utf-8") as f:
                 for row in tqdm(rows, total=args.n, unit=" problems", disable=None):
                     f.write(json.dumps(row, ensure_ascii=False) + "\n")
-            os.replace(part, args.out)
+            os.replace(part, os.path.realpath(args.out))
         finally:
             if os.path.exists(part):
                 os.remove(part)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         p.error(str(error))
 
@@ -719,5 +739,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (KeyboardInterrupt, BrokenPipeError):
+    except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
