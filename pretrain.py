@@ -186,7 +186,7 @@ def main():
 
     train = stream("train", rank=rank, world=world)
     loader = torch.utils.data.DataLoader(train, batch_size=None, sampler=range(start, args.steps),
-                                         num_workers=args.workers, collate_fn=lambda batches: batches)
+                                         num_workers=args.workers, collate_fn=list)
     held_out = list(itertools.chain(*(stream("eval")[s] for s in range(-(-256 // args.batch)))))
 
     loss_of = torch.compile(model.loss, dynamic=True) if args.compile else model.loss
@@ -270,10 +270,10 @@ def main():
             dist.all_reduce(flag)
             stop = bool(flag)
         log, save = done % args.log_every == 0, done % args.save_every == 0 or done == args.steps or stop
-        if (log or save) and not float(loss) < 2 * math.log(config.vocab_size):
+        if (log or save) and not (float(loss) < 2 * math.log(config.vocab_size) and math.isfinite(grad_norm)):
             bar.close()
-            say(f"stopped at step {done}: the loss is {float(loss):.3g}, worse than guessing; try a smaller --lr. "
-                f"{args.out} holds the last good checkpoint, if one was written.")
+            say(f"stopped at step {done}: the loss is {float(loss):.3g} with a gradient of norm {float(grad_norm):.3g}, worse "
+                f"than guessing; try a smaller --lr. {args.out} holds the last good checkpoint, if one was written.")
             sys.exit(1)
         if done % args.eval_every == 0 or done == args.steps:
             val_loss = held_out_loss()
@@ -315,4 +315,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:  # before the first step: nothing to save
+        sys.exit(130)

@@ -1,0 +1,551 @@
+"""
+What model.py promises: the formulas of the transformer, sampling that agrees with them, and checkpoints that cannot hurt.
+
+The truth is `reference`: the same formulas in float64, one row and one head at a time, with nothing fused or cached.
+"""
+import itertools
+import math
+import os
+import pickle
+import random
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import data
+import model as M
+from model import CONFIGS, Config, RMSNormCPU, Transformer, build_model, load_checkpoint, sample, save_checkpoint
+
+SMALL = dict(n_layers=2, width=32, n_heads=4, n_kv_heads=2, mlp=48, vocab_size=24, rope_theta=100.0)
+
+
+class Biased(Transformer):
+    """A model whose head favours or shuns one token, so that rows end soon, or never."""
+    bias = 0.0
+
+    def head(self, hidden):
+        return super().head(hidden) + self.bias
+
+
+def make_model(seed=0, kind=Transformer, **changes):
+    """A random model in which every parameter matters, biases and norms too."""
+    torch.manual_seed(seed)
+    model = kind(Config(**{**SMALL, **changes}))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(0.2 * torch.randn_like(p) + ("norm" in name))
+    return model.eval()
+
+
+def random_ids(*shape, seed=1, vocab=SMALL["vocab_size"]):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the forward pass
+
+def reference(model, ids):
+    """Logits (T, vocabulary) of one row of ids (T,), in float64."""
+    c, w = model.config, {name: p.detach().double() for name, p in model.state_dict().items()}
+    D, T = c.width // c.n_heads, len(ids)
+    turn = torch.arange(T)[:, None] * c.rope_theta ** (-2 * torch.arange(D // 2).double() / D)  # (T, D / 2) angles
+
+    def norm(x, name):
+        return x / (x.square().mean(-1, keepdim=True) + c.eps).sqrt() * w[name + ".weight"]
+
+    def rotary(x):  # entries i and i + D / 2 are one complex number
+        z = torch.complex(x[:, :D // 2], x[:, D // 2:]) * torch.polar(torch.ones_like(turn), turn)
+        return torch.cat((z.real, z.imag), 1)
+
+    x = w["embed_tokens.weight"][ids]
+    for layer in range(c.n_layers):
+        at = f"layers.{layer}."
+
+        def linear(x, name):
+            return x @ w[f"{at}{name}.weight"].T + w.get(f"{at}{name}.bias", 0)
+
+        def of_head(name, j):
+            return linear(h, name)[:, j * D:(j + 1) * D]
+
+        h, heads = norm(x, at + "input_layernorm"), []
+        for j in range(c.n_heads):
+            shared = j // (c.n_heads // c.n_kv_heads)
+            q, k, v = rotary(of_head("self_attn.q_proj", j)), rotary(of_head("self_attn.k_proj", shared)), \
+                of_head("self_attn.v_proj", shared)
+            scores = q @ k.T / math.sqrt(D)
+            for t in range(T):
+                scores[t, t + 1:] = -math.inf
+            heads.append(scores.softmax(-1) @ v)
+        x = x + linear(torch.cat(heads, 1), "self_attn.o_proj")
+        h = norm(x, at + "post_attention_layernorm")
+        gate = linear(h, "mlp.gate_proj")
+        x = x + linear(gate / (1 + torch.exp(-gate)) * linear(h, "mlp.up_proj"), "mlp.down_proj")
+    return norm(x, "norm") @ w["embed_tokens.weight"].T
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (4, 1), (4, 4), (1, 1)], ids=str)
+def test_forward_is_the_formulas(heads):
+    model, ids = make_model(n_heads=heads[0], n_kv_heads=heads[1]), random_ids(3, 40)
+    torch.testing.assert_close(model(ids), torch.stack([reference(model, row) for row in ids]).float(),
+                               rtol=1e-5, atol=1e-5)
+
+
+def test_norm_gradient_is_that_of_the_formula():
+    x = torch.randn(3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = torch.linspace(-1, 2, 6, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, w: RMSNormCPU.apply(x, w, 1e-3), (x, weight))
+    plain = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
+    torch.testing.assert_close(RMSNormCPU.apply(x, weight, 1e-3), plain, rtol=1e-12, atol=0)
+    upstream = torch.randn_like(plain)
+    for ours, theirs in zip(torch.autograd.grad(RMSNormCPU.apply(x, weight, 1e-3), (x, weight), upstream),
+                            torch.autograd.grad(plain, (x, weight), upstream)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_no_token_sees_a_later_one():
+    model, ids = make_model(), random_ids(1, 20)
+    before = model(ids)
+    for t in (0, 7, 19):
+        changed = ids.clone()
+        changed[0, t] = (ids[0, t] + 1) % SMALL["vocab_size"]
+        after = model(changed)
+        torch.testing.assert_close(after[:, :t], before[:, :t], rtol=0, atol=1e-6)
+        assert (after[:, t:] - before[:, t:]).abs().amax(-1).min() > 1e-4  # and every later one does see it
+
+
+def test_padding_on_the_right_changes_nothing():
+    model, rows = make_model(), [random_ids(1, T, seed=T) for T in (5, 12, 30)]
+    padded = torch.cat([torch.cat((row, torch.full((1, 30 - row.shape[1]), 3)), 1) for row in rows])
+    for logits, row in zip(model(padded), rows):
+        torch.testing.assert_close(logits[:row.shape[1]], model(row)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_loss_is_the_mean_surprise_of_the_targets():
+    model, x, y = make_model(), random_ids(3, 11), random_ids(3, 11, seed=2)
+    y[0, :6] = y[1, 3:] = y[2, 5] = -100
+    surprises = [-float(reference(model, x[b])[t].log_softmax(-1)[y[b, t]])
+                 for b in range(3) for t in range(11) if y[b, t] != -100]
+    assert len(surprises) == 5 + 3 + 10
+    assert model.loss(x, y).item() == pytest.approx(sum(surprises), rel=1e-5)
+    assert model.loss(x, y, reduction="mean").item() == pytest.approx(sum(surprises) / len(surprises), rel=1e-5)
+
+
+def test_micro_batches_have_the_gradient_of_the_batch():
+    model, x, y = make_model(), random_ids(6, 9), random_ids(6, 9, seed=2)
+    y[:2, :7] = -100  # unequal numbers of targets
+
+    def gradient(*parts):
+        model.zero_grad()
+        for part in parts:
+            model.loss(x[part], y[part]).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    whole = gradient(slice(None))
+    torch.testing.assert_close(gradient(slice(0, 1), slice(1, 4), slice(4, 6)), whole, rtol=1e-4, atol=1e-5)
+    assert whole.abs().max() > 0.1
+
+
+def test_the_100m_preset_is_the_model_of_the_paper():
+    c = CONFIGS["100m"]
+    assert (c.n_layers, c.width, c.n_heads, c.n_kv_heads, c.mlp, c.rope_theta, c.eps, c.init_std) == \
+        (12, 768, 12, 2, 3072, 1e6, 1e-6, 0.02)
+    with torch.device("meta"):
+        layer = 768 * (768 + 128 + 128) + (768 + 128 + 128) + 768 * 768 + 3 * 768 * 3072 + 2 * 768
+        assert Transformer(c).n_params() == 448 * 768 + 12 * layer + 768
+    assert all(c.vocab_size == data.VOCAB_SIZE for c in CONFIGS.values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_agrees_with_the_cpu():
+    model, ids = make_model(), random_ids(2, 30)
+    y = random_ids(2, 30, seed=2)
+    y[0, 4:] = -100
+    logits, loss = model(ids), model.loss(ids, y)
+    model.cuda()
+    torch.testing.assert_close(model(ids.cuda()).cpu(), logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.loss(ids.cuda(), y.cuda()).cpu(), loss, rtol=1e-4, atol=1e-4)
+    tokens, logprobs = sample(model, [[1, 2, 3], [4]], stop=0, n=3, max_new=20, generator=torch.Generator("cuda"))
+    assert_scored_as_by_forward(model.cpu(), [[1, 2, 3], [4]], tokens, [lp.cpu() for lp in logprobs], 3, 1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hugging Face
+
+def test_hugging_face_model_has_the_same_logits_and_comes_back_whole(tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    model, ids = make_model(), random_ids(2, 50)
+    config, state = M.to_hf(model)
+    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config)).eval()
+    theirs.load_state_dict(state, strict=True)
+    torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=0, atol=1e-4)
+    back = M.from_hf(theirs.config, theirs.state_dict())
+    assert back.config == model.config
+    assert_same_weights(back, model)
+
+    pytest.importorskip("safetensors", reason="needs safetensors")  # and through files, as `python model.py` writes them
+    save_checkpoint(tmp_path / "a.pt", checkpoint_of(model))
+    monkeypatch.setattr("sys.argv", ["model.py", str(tmp_path / "a.pt"), "--to-hf", str(tmp_path / "hf")])
+    M.main()
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    torch.testing.assert_close(read(ids).logits, model(ids), rtol=0, atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sampling
+
+PROMPTS = [[5, 1, 9], [7], [2, 2, 8, 1, 4, 4, 3, 20, 11, 6], [3, 4], [9, 9, 9, 1], [12, 5, 13, 2, 10, 17]]
+STOP = 0
+
+
+def biased_model(bias, seed=0, **changes):
+    """A model with `bias` on the logit of STOP."""
+    model = make_model(seed, Biased, **changes)
+    model.bias = torch.zeros(model.config.vocab_size)
+    model.bias[STOP] = bias
+    return model
+
+
+def assert_scored_as_by_forward(model, prompts, tokens, logprobs, n, temperature):
+    """Each row's log-probabilities are those of `forward` on the whole row (with temperature 0: at temperature 1)."""
+    assert len(tokens) == len(logprobs) == len(prompts) * n
+    for row, (mine, scores) in enumerate(zip(tokens, logprobs)):
+        prompt = prompts[row // n]
+        assert scores.dtype == torch.float32 and scores.shape == (len(mine),)
+        logits = model(torch.tensor([prompt + mine]))[0, len(prompt) - 1:-1]
+        expected = (logits / (temperature or 1)).log_softmax(-1)[range(len(mine)), mine]
+        torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
+
+
+def assert_stops_well(tokens, max_new):
+    """STOP ends a row, comes nowhere else, and rows without it are as long as they may be."""
+    for mine in tokens:
+        assert STOP not in mine[:-1]
+        assert mine[-1] == STOP or len(mine) == max_new
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1024])
+@pytest.mark.parametrize("temperature", [0, 0.3, 1.0, 2.5])
+def test_sampled_rows_are_scored_as_by_forward(temperature, rows):
+    model, done = biased_model(1.0), []
+    tokens, logprobs = sample(model, PROMPTS, STOP, n=3, max_new=20, temperature=temperature, rows=rows,
+                              generator=torch.Generator().manual_seed(0), progress=done.append)
+    assert_scored_as_by_forward(model, PROMPTS, tokens, logprobs, 3, temperature)
+    assert_stops_well(tokens, 20)
+    assert sum(done) == len(PROMPTS) * 3 and len(done) == {1: 6, 7: 3, 1024: 1}[rows]
+
+
+def test_greedy_is_the_naive_loop():
+    model = biased_model(-30.0)  # never stops: 140 tokens make the cache grow twice
+    tokens, _ = sample(model, PROMPTS[:3], STOP, n=2, max_new=140, temperature=0)
+    for row, mine in enumerate(tokens):
+        ids = list(PROMPTS[row // 2])
+        for _ in range(140):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        assert mine == ids[-140:]
+    assert len({tuple(mine) for mine in tokens}) == 3  # prompts do matter
+
+
+def test_rows_longer_than_the_cache_at_first():
+    model = biased_model(-30.0)
+    tokens, logprobs = sample(model, PROMPTS[:2], STOP, n=2, max_new=140, generator=torch.Generator().manual_seed(0))
+    assert [len(mine) for mine in tokens] == [140] * 4
+    assert_scored_as_by_forward(model, PROMPTS[:2], tokens, logprobs, 2, 1.0)
+
+
+def test_rows_that_end_at_different_times_are_dropped_and_the_others_go_on(monkeypatch):
+    sizes, keep = [], M.Cache.keep
+
+    def counted(cache, prompts, rows):
+        before = len(cache.lengths), cache.n
+        keep(cache, prompts, rows)
+        sizes.append((before, (len(cache.lengths), cache.n)))
+
+    monkeypatch.setattr(M.Cache, "keep", counted)
+    model = biased_model(1.8)
+    tokens, logprobs = sample(model, PROMPTS, STOP, n=7, max_new=90, generator=torch.Generator().manual_seed(0))
+    assert any(b[0] < a[0] for a, b in sizes) and any(b[1] < a[1] for a, b in sizes)  # prompts and rows were dropped
+    assert max(map(len, tokens)) > 24 and len(set(map(len, tokens))) > 10
+    assert_scored_as_by_forward(model, PROMPTS, tokens, logprobs, 7, 1.0)
+    assert_stops_well(tokens, 90)
+
+
+@pytest.mark.parametrize("max_new", [1, 7, 8, 9, 16, 17])  # finished rows are looked for at every eighth token
+def test_a_row_may_end_at_the_last_moment(max_new):
+    model = biased_model(1.5)
+    tokens, logprobs = sample(model, PROMPTS, STOP, n=20, max_new=max_new, generator=torch.Generator().manual_seed(3))
+    assert_stops_well(tokens, max_new)
+    assert any(mine[-1] != STOP for mine in tokens) and any(mine[-1] == STOP for mine in tokens)
+    assert_scored_as_by_forward(model, PROMPTS, tokens, logprobs, 20, 1.0)
+
+
+def test_a_seed_repeats_a_sample():
+    model = biased_model(0.0)
+
+    def draw(seed):
+        return sample(model, PROMPTS, STOP, n=2, max_new=12, generator=torch.Generator().manual_seed(seed))
+
+    (tokens, logprobs), (again, logprobs_again) = draw(1), draw(1)
+    assert tokens == again and all(map(torch.equal, logprobs, logprobs_again))
+    assert draw(2)[0] != tokens
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 2.0])
+def test_samples_have_the_distribution_of_the_model(temperature):
+    """Chi-square over the first two tokens: the first comes from the prompt, the second from the cache."""
+    n, vocab, prompt = 20_000, 6, [5, 1, 3]
+    model = biased_model(0.0, vocab_size=vocab)
+    with torch.no_grad():
+        model.norm.weight *= 0.5  # all tokens have a chance
+    tokens, _ = sample(model, [prompt], STOP, n=n, max_new=2, temperature=temperature, rows=n,
+                       generator=torch.Generator().manual_seed(0))
+
+    def p(ids):
+        return (reference(model, torch.tensor(ids))[-1] / temperature).softmax(-1).tolist()
+
+    expected = {(STOP,): n * p(prompt)[STOP]}
+    for a in range(1, vocab):
+        expected |= {(a, b): n * p(prompt)[a] * p(prompt + [a])[b] for b in range(vocab)}
+    seen = dict.fromkeys(expected, 0)
+    for mine in tokens:
+        seen[tuple(mine)] += 1
+    rare = [cell for cell in expected if expected[cell] < 8]
+    cells = [(seen[cell], expected[cell]) for cell in expected if cell not in rare]
+    cells.append((sum(seen[cell] for cell in rare), sum(expected[cell] for cell in rare) + 1e-3))
+    chi2, df = sum((o - e) ** 2 / e for o, e in cells), len(cells) - 1
+    assert df >= 8 and chi2 < df + 5 * math.sqrt(2 * df), cells
+
+
+def test_sampling_in_bfloat16_stays_close_to_forward():
+    model = biased_model(0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, logprobs = sample(model, PROMPTS, STOP, n=2, max_new=30, generator=torch.Generator().manual_seed(0))
+    for row, (mine, scores) in enumerate(zip(tokens, logprobs)):
+        prompt = PROMPTS[row // 2]
+        exact = reference(model, torch.tensor(prompt + mine)) + model.bias
+        exact = exact.log_softmax(-1)[range(len(prompt) - 1, len(prompt) + len(mine) - 1), mine]
+        assert (scores - exact).abs().mean() < 0.1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+def checkpoint_of(model, **more):
+    return dict(stage="test", config=asdict(model.config), model=model.state_dict(), step=3, **more)
+
+
+def assert_same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_refused(path):
+    """A ValueError of one line that names the file, from reading it or from building its model; nothing else."""
+    with pytest.raises(ValueError) as caught:
+        build_model(load_checkpoint(path), path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_comes_back_exactly(tmp_path):
+    model = make_model()
+    save_checkpoint(tmp_path / "a.pt", checkpoint_of(model, lr=0.1, recipe={"ops": [2, 4]}, rng=torch.get_rng_state()))
+    checkpoint = load_checkpoint(tmp_path / "a.pt")
+    assert (checkpoint["step"], checkpoint["lr"], checkpoint["recipe"]) == (3, 0.1, {"ops": [2, 4]})
+    assert torch.equal(checkpoint["rng"], torch.get_rng_state())
+    back = build_model(checkpoint)
+    assert back.config == model.config
+    assert_same_weights(back, model)
+    ids = random_ids(2, 9)
+    assert torch.equal(back(ids), model(ids))
+    back.loss(ids, ids).backward()  # it can be trained further
+    assert all(p.grad is not None for p in back.parameters())
+
+
+def test_a_failed_save_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch):
+    path, model = tmp_path / "a.pt", make_model()
+    save_checkpoint(path, checkpoint_of(model))
+    before = path.read_bytes()
+
+    def fails(checkpoint, f):
+        f.write(before[:len(before) // 2])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fails)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(path, checkpoint_of(make_model(seed=1)))
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    save_checkpoint(path, checkpoint_of(make_model(seed=2)))  # and what it left behind is not in the way
+    assert_same_weights(build_model(load_checkpoint(path)), make_model(seed=2))
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old-format"])
+def test_a_checkpoint_cut_off_anywhere_is_refused(tmp_path, zipped):
+    path = tmp_path / "a.pt"
+    torch.save(checkpoint_of(make_model(n_layers=1)), path, _use_new_zipfile_serialization=zipped)
+    build_model(load_checkpoint(path))
+    whole = path.read_bytes()
+    lengths = {*range(0, 60), *range(0, len(whole), len(whole) // 60), *range(len(whole) - 30, len(whole))}
+    for length in sorted(lengths):
+        path.write_bytes(whole[:length])
+        assert_refused(path)
+
+
+def test_a_checkpoint_with_flipped_bytes_is_refused_or_read(tmp_path):
+    """Never another error. Flips go where the structure is, not the weights."""
+    path, rng = tmp_path / "a.pt", random.Random(0)
+    for zipped in (True, False):
+        torch.save(checkpoint_of(make_model(n_layers=1)), path, _use_new_zipfile_serialization=zipped)
+        whole = path.read_bytes()
+        for _ in range(100):
+            flipped = bytearray(whole)
+            flipped[rng.randrange(3000)] = rng.randrange(256)
+            path.write_bytes(flipped)
+            try:
+                build_model(load_checkpoint(path), path)
+            except ValueError as error:
+                assert str(path) in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, b"not a checkpoint\n", pickle.dumps({"stage": "test"}),
+                                     pickle.dumps([1] * 1000), b"PK\x03\x04" + b"\0" * 60], ids=range(6))
+def test_foreign_files_are_refused(tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    assert_refused(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, {"stage": "test"}, {"stage": "test", "model": {}},
+                                     {"model_state": {}, "epoch": 3}, torch.zeros(3), "text", None], ids=str)
+def test_foreign_checkpoints_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    assert_refused(tmp_path / "a.pt")
+
+
+def test_a_whole_pickled_model_is_refused(tmp_path):
+    torch.save(make_model(), tmp_path / "a.pt")
+    assert_refused(tmp_path / "a.pt")
+
+
+def test_a_path_without_a_file_is_refused(tmp_path):
+    assert_refused(tmp_path / "missing.pt")
+    assert_refused(tmp_path)  # a directory
+
+
+class Payload:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"echo ran > '{self.marker}'",)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path):
+    path, marker = tmp_path / "a.pt", tmp_path / "marker"
+    pickle.loads(pickle.dumps(Payload(marker)))
+    assert marker.exists()  # the payload works where it is let
+    marker.unlink()
+    checkpoint = checkpoint_of(make_model(), more=Payload(marker))
+    torch.save(checkpoint, path)
+    assert_refused(path)
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=False)
+    assert_refused(path)
+    path.write_bytes(pickle.dumps(Payload(marker)))
+    assert_refused(path)
+    assert not marker.exists()
+
+
+WRONG_CONFIGS = [
+    *itertools.product(["n_layers"], [10 ** 9, 100, 3, 0, -1, 2.0, None, "2", [2]]),
+    *itertools.product(["width"], [0, -32, 10 ** 7, 10 ** 12, 10 ** 30, "32"]),
+    *itertools.product(["n_heads"], [0, -4, "4"]), *itertools.product(["n_kv_heads"], [0, 1, 4, -1]),
+    ("mlp", 10 ** 15), ("vocab_size", 10 ** 12), ("vocab_size", -1),
+]
+
+
+@pytest.mark.parametrize("key, value", WRONG_CONFIGS, ids=str)
+def test_sizes_that_do_not_fit_the_weights_are_refused_without_taking_memory(tmp_path, monkeypatch, key, value):
+    checkpoint, path = checkpoint_of(make_model()), tmp_path / "a.pt"
+    checkpoint["config"][key] = value
+    save_checkpoint(path, checkpoint)
+    init = Transformer.__init__
+
+    def on_meta(self, config):
+        assert torch.empty(0).is_meta, "the model is built for real before its sizes are checked"
+        init(self, config)
+
+    monkeypatch.setattr(Transformer, "__init__", on_meta)
+    assert_refused(path)
+
+
+# the weights fit these, but no forward pass does
+@pytest.mark.parametrize("changes", [dict(n_layers=0), dict(n_heads=32, n_kv_heads=32), dict(n_heads=4, n_kv_heads=3),
+                                     dict(eps="x"), dict(rope_theta=None), dict(rope_theta="x")], ids=str)
+def test_a_configuration_that_cannot_run_is_refused(tmp_path, changes):
+    sizes = {k: v for k, v in changes.items() if isinstance(v, int)}
+    checkpoint = checkpoint_of(Transformer(Config(**{**SMALL, **sizes})))
+    checkpoint["config"] |= changes
+    save_checkpoint(tmp_path / "a.pt", checkpoint)
+    assert_refused(tmp_path / "a.pt")
+
+
+def renamed(state):
+    return {"x." + name: tensor for name, tensor in state.items()}
+
+
+def without_one(state):
+    return dict(list(state.items())[1:])
+
+
+def with_one_more(state):
+    return {**state, "layers.0.extra": torch.zeros(3)}
+
+
+def transposed(state):
+    return {**state, "layers.0.mlp.up_proj.weight": state["layers.0.mlp.up_proj.weight"].T}
+
+
+def with_numbers(state):
+    return {name: 1.0 for name in state}
+
+
+def as_list(state):
+    return list(state.values())
+
+
+@pytest.mark.parametrize("change", [renamed, without_one, with_one_more, transposed, with_numbers, as_list, len])
+def test_weights_that_do_not_fit_are_refused(tmp_path, change):
+    checkpoint = checkpoint_of(make_model())
+    save_checkpoint(tmp_path / "a.pt", {**checkpoint, "model": change(checkpoint["model"])})
+    assert_refused(tmp_path / "a.pt")
+
+
+def test_a_small_file_cannot_claim_much_memory(tmp_path):
+    """A tensor of stride 0 is large on paper only: its shape must be refused before it is copied or converted."""
+    checkpoint, path = checkpoint_of(make_model()), tmp_path / "a.pt"
+    checkpoint["model"]["norm.weight"] = torch.zeros(1, dtype=torch.float16).expand(2 ** 46)  # 256 TiB as float32
+    save_checkpoint(path, checkpoint)
+    assert path.stat().st_size < 10 ** 6
+    converted = []
+    loaded = load_checkpoint(path)
+    wide = loaded["model"]["norm.weight"]
+    assert wide.shape == (2 ** 46,)
+    with watch(converted):
+        with pytest.raises(ValueError):
+            build_model(loaded, path)
+    assert not converted, f"tried to make tensors of {converted} bytes"
+
+
+class watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the sizes of conversions of more than a gigabyte, and does not let them happen."""
+
+    def __init__(self, sizes):
+        super().__init__()
+        self.sizes = sizes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and not args[0].is_meta and args[0].numel() > 2 ** 28:
+            self.sizes.append(4 * args[0].numel())
+            raise RuntimeError("not enough memory")
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,442 @@
+"""
+What pretrain.py promises to somebody who runs it: files, losses, resuming, ranks, and one line for bad input.
+
+`run` starts a script as `python SCRIPT ARGUMENTS` does: a process of its own, with its own working directory, streams and
+exit status. It is forked from a server that has imported torch already, which saves two seconds a run.
+"""
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from model import build_model, load_checkpoint, save_checkpoint
+
+ROOT = Path(data.__file__).resolve().parent
+TINY = "--preset tiny --device cpu --n-layers 1 --width 32 --n-heads 2 --n-kv-heads 1 --mlp 64 --batch 8 --show 0".split()
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["pytest", "tiktoken", "torch", "torch._dynamo", "torch.distributed", "tqdm"])
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def run(cwd, script, *arguments, send=None):
+    """Run a script to its end. send: (signal, n), which it gets when it is about to put its n-th checkpoint in place."""
+    streams = cwd / ".stdout", cwd / ".stderr"
+    process = SERVER.Process(target=_in_child, args=(cwd, ROOT / script, [str(a) for a in arguments], streams, send))
+    process.start()
+    process.join(600)
+    if process.is_alive():
+        process.kill()
+        pytest.fail(f"{script} {arguments} hangs")
+    result = Result(process.exitcode, *(path.read_text("utf-8", errors="replace") for path in streams))
+    for path in streams:
+        path.unlink()
+    return result
+
+
+def _in_child(cwd, script, arguments, streams, send):
+    os.chdir(cwd)
+    for fd, path in zip((1, 2), streams):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), fd)
+    replace, saves = os.replace, []
+
+    def replace_after_signal(*args):
+        saves.append(args)
+        if len(saves) == send[1]:
+            os.kill(os.getpid(), send[0])
+        replace(*args)
+
+    if send:
+        os.replace = replace_after_signal
+    multiprocessing.set_start_method(None, force=True)  # of processes that the script starts: Python's default again
+    torch.set_num_threads(1)
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def run_ranks(cwd, script, *arguments):
+    """torchrun with two processes. Without "--" it may take the --n of the script for an option of its own."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "--",
+               ROOT / script]
+    done = subprocess.run([*command, *arguments], cwd=cwd, capture_output=True, text=True, timeout=600,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def assert_refused(result, *words):
+    """Exit status 2 and a last line that says what is wrong, with these words in it."""
+    assert result.code == 2, result
+    assert "Traceback" not in result.err + result.out
+    last = result.err.strip().splitlines()[-1]
+    assert all(word in last for word in words), last
+
+
+def pretrain(cwd, *arguments, **more):
+    return run(cwd, "pretrain.py", *TINY, *arguments, **more)
+
+
+def metrics(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(a, b):
+    """Nested dicts and lists with tensors, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def is_finite(checkpoint):
+    return all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a run writes
+
+def loss_by_hand(model, split, count, loss="all"):
+    """Mean surprise, in nats, of the tokens of the first problems of a split, one problem at a time."""
+    enc, mixture, total, n = data.tokenizer(), data.parse_mixture("all:2-4"), 0.0, 0
+    for i in range(count):
+        row = data.make_row(i, mixture, 0, split, data.distractor_law(2.0))
+        prompt = len(data.encode(enc, data.prompt_text(row)))
+        ids = torch.tensor(data.encode(enc, data.prompt_text(row) + data.response_text(row)))
+        logp = model(ids[None])[0].detach().log_softmax(-1)
+        first = prompt if loss == "solution" else 1
+        total -= sum(logp[range(first - 1, len(ids) - 1), ids[first:]].tolist())
+        n += len(ids) - first
+    return total / n
+
+
+def test_a_command_as_typed_writes_the_default_files(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "pretrain.py", *TINY[:-1], "1", "--steps", "7", "--log-every", "2"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "0.02M parameters" in done.stdout and "expected time" in done.stdout
+    assert "held-out problem" in done.stdout and "--- gold\nDefine" in done.stdout
+    assert sorted(os.listdir(tmp_path / "out")) == ["pretrain.jsonl", "pretrain.pt"]
+    rows = metrics(tmp_path / "out/pretrain.jsonl")
+    assert [row["step"] for row in rows] == [2, 4, 6, 7]
+    assert [row["problems"] for row in rows] == [16, 32, 48, 56]
+    assert all(0 < row["loss"] < 7 and row["grad_norm"] > 0 and row["tokens_per_s"] > 0 for row in rows)
+
+    checkpoint = load_checkpoint(tmp_path / "out/pretrain.pt")
+    assert (checkpoint["stage"], checkpoint["step"], checkpoint["problems"]) == ("pretrain", 7, 56)
+    assert checkpoint["id_ops"] == [2, 4]
+    assert checkpoint["config"]["width"] == 32 and checkpoint["config"]["n_layers"] == 1
+    assert is_finite(checkpoint)
+
+
+@pytest.mark.parametrize("loss", ["all", "solution"])
+def test_the_losses_and_counts_are_those_computed_by_hand(tmp_path, loss):
+    result = pretrain(tmp_path, "--loss", loss, "--steps", 1, "--lr", 0, "--dtype", "float32", "--out", "a.pt",
+                      "--distractors", 2)  # the learning rate 0 leaves the model as it was
+    assert result.code == 0, result
+    row, = metrics(tmp_path / "a.jsonl")
+    model = build_model(load_checkpoint(tmp_path / "a.pt"))
+    assert row["loss"] == pytest.approx(loss_by_hand(model, "train", 8, loss), rel=1e-4)
+    assert row["val_loss"] == pytest.approx(loss_by_hand(model, "eval", 256, loss), rel=1e-4)
+    enc = data.tokenizer()
+    rows = [data.make_row(i, data.parse_mixture("all:2-4")) for i in range(8)]
+    assert row["tokens"] == sum(len(data.encode_row(enc, r)[0]) - 1 for r in rows)
+
+
+@pytest.mark.parametrize("optimizer, lr", [("adamw", "0.02"), ("muon", "0.02")])
+def test_the_loss_falls(tmp_path, optimizer, lr):
+    result = pretrain(tmp_path, "--optimizer", optimizer, "--steps", 40, "--log-every", 1, "--lr", lr, "--out", "a.pt")
+    assert result.code == 0, result
+    rows = metrics(tmp_path / "a.jsonl")
+    assert rows[0]["loss"] == pytest.approx(math.log(448), abs=0.3)  # at first all tokens are alike
+    assert np.mean([row["loss"] for row in rows[-5:]]) < 3.5
+    assert rows[-1]["val_loss"] < 3.5
+
+
+def test_the_learning_rate_rises_and_falls(tmp_path):
+    result = pretrain(tmp_path, "--steps", 12, "--warmup", 0.25, "--lr", 0.01, "--min-lr", 0.001, "--log-every", 1,
+                      "--out", "a.pt")
+    assert result.code == 0, result
+    rates = [row["lr"] for row in metrics(tmp_path / "a.jsonl")]
+    assert rates[:3] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01])
+    assert rates[2:] == pytest.approx(sorted(rates[2:], reverse=True)) and 0.001 <= rates[-1] < 0.002
+    assert (rates[7] + rates[8]) / 2 == pytest.approx((0.01 + 0.001) / 2)  # half way down
+
+
+def test_a_seed_repeats_a_run_and_another_does_not(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert pretrain(tmp_path, "--steps", 3, "--seed", seed, "--out", f"{name}.pt").code == 0
+    a, b, c = (load_checkpoint(tmp_path / f"{name}.pt") for name in "abc")
+    assert same(a["model"], b["model"]) and same(a["optimizers"], b["optimizers"])
+    assert not any(torch.equal(a["model"][name], c["model"][name]) for name in a["model"])
+
+
+@pytest.mark.parametrize("arguments", [["--micro-tokens", "300"], ["--micro-tokens", "100000"], ["--workers", "1"]],
+                         ids=" ".join)
+def test_the_division_of_work_changes_nothing(tmp_path, whole_float32, arguments):
+    result = pretrain(tmp_path, *FLOAT32, *arguments, "--out", "a.pt")
+    assert result.code == 0, result
+    assert_close_runs(tmp_path / "a", whole_float32)
+
+
+FLOAT32 = "--steps 6 --log-every 1 --dtype float32".split()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    result = run_ranks(folder, "pretrain.py", *TINY, *FLOAT32, "--out", "a.pt")
+    assert result.code == 0, result
+    assert "2 ranks" in result.out and result.out.count("expected time") == 1
+    return folder / "a"
+
+
+@pytest.fixture(scope="module")
+def whole_float32(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("float32")
+    assert pretrain(folder, *FLOAT32, "--out", "whole.pt").code == 0
+    return folder / "whole"
+
+
+def assert_close_runs(a, b):
+    """The same losses and weights up to rounding; a, b: paths without suffix."""
+    rows_a, rows_b = metrics(a.with_suffix(".jsonl")), metrics(b.with_suffix(".jsonl"))
+    assert [r["step"] for r in rows_a] == [r["step"] for r in rows_b]
+    assert [r["loss"] for r in rows_a] == pytest.approx([r["loss"] for r in rows_b], rel=1e-4)
+    assert [r["grad_norm"] for r in rows_a] == pytest.approx([r["grad_norm"] for r in rows_b], rel=1e-3)
+    assert rows_a[-1]["val_loss"] == pytest.approx(rows_b[-1]["val_loss"], rel=1e-4)
+    state_a, state_b = (load_checkpoint(path.with_suffix(".pt"))["model"] for path in (a, b))
+    for name in state_a:
+        torch.testing.assert_close(state_a[name], state_b[name], rtol=0, atol=1e-3)
+
+
+def test_two_ranks_train_as_one(two_ranks, whole_float32):
+    assert_close_runs(two_ranks, whole_float32)
+
+
+def test_two_ranks_count_tokens_as_one(two_ranks, whole_float32):
+    counts = [[row["tokens"] for row in metrics(path.with_suffix(".jsonl"))] for path in (two_ranks, whole_float32)]
+    assert counts[0] == counts[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# resuming
+
+TWELVE = "--steps 12 --log-every 1 --save-every 2 --eval-every 5 --out a.pt".split()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with an uninterrupted run of twelve steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert pretrain(folder, *TWELVE).code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed_twice(tmp_path_factory):
+    """A folder with the same run, which was killed and resumed twice."""
+    folder = tmp_path_factory.mktemp("killed")
+    assert pretrain(folder, *TWELVE, send=(signal.SIGKILL, 4)).code == -signal.SIGKILL
+    assert load_checkpoint(folder / "a.pt")["step"] == 6 and metrics(folder / "a.jsonl")[-1]["step"] == 8
+    with open(folder / "a.jsonl", "a") as f:
+        f.write('{"step": 9, "los')  # killed in the middle of a line
+    result = pretrain(folder, *TWELVE, "--resume", send=(signal.SIGKILL, 3))
+    assert result.code == -signal.SIGKILL and "at step 6 of 12" in result.out
+    assert load_checkpoint(folder / "a.pt")["step"] == 10
+    result = pretrain(folder, *TWELVE, "--resume")
+    assert result.code == 0 and "at step 10 of 12" in result.out
+    return folder
+
+
+def assert_same_run(folder, whole):
+    """Two runs ended alike, bit for bit, but for the time they took."""
+    a, b = load_checkpoint(folder / "a.pt"), load_checkpoint(whole / "a.pt")
+    for key in b.keys() - {"seconds", "rng"}:
+        assert same(a[key], b[key]), key
+    assert len(b["optimizers"]) == 2 and all(o["state"] for o in b["optimizers"])
+    rows, rows_whole = metrics(folder / "a.jsonl"), metrics(whole / "a.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    for row, row_whole in zip(rows, rows_whole):
+        assert row.keys() == row_whole.keys()
+        for key in ("loss", "lr", "grad_norm", "problems", "tokens"):
+            assert row[key] == row_whole[key], key
+    times = [row["seconds"] for row in rows]
+    assert times == sorted(times)
+
+
+def test_a_killed_run_resumes_exactly(killed_twice, whole):
+    assert_same_run(killed_twice, whole)
+    assert sorted(os.listdir(killed_twice)) == ["a.jsonl", "a.pt"]
+
+
+def test_a_resumed_run_has_the_same_random_state(killed_twice, whole):
+    assert same(*(load_checkpoint(folder / "a.pt")["rng"] for folder in (killed_twice, whole)))
+
+
+def test_a_resumed_run_still_knows_its_last_held_out_loss(killed_twice, whole):
+    losses = [row["val_loss"] for row in metrics(whole / "a.jsonl")]
+    assert len({*losses}) == 4 and losses[3] is None  # none, then after steps 5, 10 and 12
+    assert [row["val_loss"] for row in metrics(killed_twice / "a.jsonl")] == losses
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, whole):
+    assert pretrain(tmp_path, *TWELVE, send=(signal.SIGKILL, 1)).code == -signal.SIGKILL
+    assert not (tmp_path / "a.pt").exists() and len(metrics(tmp_path / "a.jsonl")) == 2
+    result = pretrain(tmp_path, *TWELVE, "--resume")
+    assert result.code == 0 and "step 0" in result.out
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_and_resumes_exactly(tmp_path, whole, number):
+    result = pretrain(tmp_path, *TWELVE, send=(number, 2))
+    assert result.code == 130 and "--resume" in result.out and "Traceback" not in result.err
+    step = load_checkpoint(tmp_path / "a.pt")["step"]
+    assert step in (4, 5)
+    result = pretrain(tmp_path, *TWELVE, "--resume")
+    assert result.code == 0 and f"at step {step} of 12" in result.out
+    assert_same_run(tmp_path, whole)
+
+
+def test_resuming_a_finished_run_is_harmless(whole, tmp_path):
+    for name in ("a.pt", "a.jsonl"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    result = pretrain(tmp_path, *TWELVE, "--resume")
+    assert result.code == 0, result
+    assert_same_run(tmp_path, whole)
+
+
+def test_resuming_with_other_arguments_is_refused(whole, tmp_path):
+    for name in ("a.pt", "a.jsonl"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    for option, value in (("--lr", "0.1"), ("--batch", "16"), ("--mix", "zoo:2-4"), ("--width", "64"), ("--seed", "1"),
+                          ("--optimizer", "adamw")):
+        assert_refused(pretrain(tmp_path, *TWELVE, "--resume", option, value), option.strip("-"), value)
+    for name in ("a.pt", "a.jsonl"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("echo ran > marker",)
+
+
+def checkpoint_without(key):
+    def content(whole):
+        checkpoint = load_checkpoint(whole)
+        del checkpoint[key]
+        return checkpoint
+    return content
+
+
+BROKEN = {
+    "cut off": lambda whole: whole.read_bytes()[:-1000],
+    "empty": lambda whole: b"",
+    "text": lambda whole: b"hello\n",
+    "foreign pickle": lambda whole: pickle.dumps({"model": [1, 2, 3]}),
+    "code": lambda whole: pickle.dumps(Payload()),
+    "another project's": lambda whole: {"epoch": 3, "state_dict": {"w": torch.zeros(3)}},
+    "another stage": lambda whole: {**load_checkpoint(whole), "stage": "grpo"},
+    "without weights": lambda whole: {**load_checkpoint(whole), "model": {}},
+    "without optimizers": checkpoint_without("optimizers"),
+    "without recipe": checkpoint_without("recipe"),
+    "wrong optimizers": lambda whole: {**load_checkpoint(whole), "optimizers": [1, 2]},
+    "wrong rng": lambda whole: {**load_checkpoint(whole), "rng": "x"},
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_resuming_a_broken_checkpoint_is_refused(whole, tmp_path, kind):
+    content, path = BROKEN[kind](whole / "a.pt"), tmp_path / "a.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        save_checkpoint(path, content)
+    before = path.read_bytes()
+    assert_refused(pretrain(tmp_path, *TWELVE, "--resume"), "a.pt")
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pt"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# runs that explode
+
+EXPLODE = "--steps 12 --log-every 1 --save-every 1 --out a.pt".split()
+
+
+@pytest.fixture(scope="module", params=["--optimizer adamw --lr 1e6", "--optimizer muon --lr 100"])
+def exploded(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exploded")
+    return folder, pretrain(folder, *EXPLODE, *request.param.split())
+
+
+def test_an_exploding_run_stops_and_says_why(exploded):
+    folder, result = exploded
+    assert result.code == 1 and "--lr" in result.out.splitlines()[-1] and "Traceback" not in result.err
+    assert is_finite(load_checkpoint(folder / "a.pt"))
+
+
+def test_the_checkpoint_kept_is_from_before_the_explosion(exploded):
+    folder, _ = exploded
+    loss = loss_by_hand(build_model(load_checkpoint(folder / "a.pt")), "train", 8)
+    assert loss < 2 * math.log(448)
+
+
+def test_a_model_that_died_is_no_success(tmp_path):
+    """The weights are so large that they overflow: the loss is that of guessing, the gradient 0, the held-out loss NaN."""
+    result = pretrain(tmp_path, *EXPLODE, "--steps", 3, "--optimizer", "muon", "--lr", "1e6")
+    assert result.code == 1 and "--lr" in result.out.splitlines()[-1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bad input
+
+BAD = [  # arguments, words in the last line
+    ("--ops 10-2", "10-2"), ("--ops 0-1", "0-1"), ("--ops 1-500", "1-500"), ("--ops x", "x"), ("--ops 2-", "2-"),
+    ("--mix nonsense", "nonsense"), ("--mix zoo:2-4:x", "x"), ("--mix zoo:2-4:-1", "-1"), ("--mix zoo:2:0", "zero"),
+    ("--ops 2-4 --mix zoo:2", "not both"),
+    ("--steps -1", "--steps"), ("--steps 0", "--steps"), ("--steps many", "--steps"), ("--batch 0", "--batch"),
+    ("--micro-tokens 0", "--micro-tokens"), ("--log-every 0", "--log-every"), ("--save-every 0", "--save-every"),
+    ("--preset nope", "nope"), ("--optimizer nope", "nope"), ("--loss nope", "nope"), ("--dtype nope", "nope"),
+    ("--lr -1", "--lr"), ("--lr nan", "--lr"), ("--lr inf", "--lr"), ("--warmup 1", "--warmup"), ("--clip 0", "--clip"),
+    ("--weight-decay -1", "--weight-decay"), ("--distractors 99", "distractors"), ("--distractors nan", "distractors"),
+    ("--width 30", "--width"), ("--n-heads 3 --n-kv-heads 2 --width 36", "--n-heads"), ("--n-kv-heads 0", "--n-kv-heads"),
+    ("--seed -1", "--seed"), ("--seed 99999999999999999999", "--seed"), ("--device nope", "nope"), ("--nope", "--nope"),
+    ("--out afile/a.pt", "afile"), ("--out adirectory", "adirectory"), ("--out adirectory/", "adirectory"),
+    ("--out a.jsonl", "a.jsonl"),
+]
+
+
+@pytest.mark.parametrize("arguments, word", BAD, ids=[arguments for arguments, _ in BAD])
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(tmp_path, arguments, word):
+    (tmp_path / "afile").write_text("keep me")
+    (tmp_path / "adirectory").mkdir()
+    assert_refused(pretrain(tmp_path, "--steps", 2, *arguments.split()), word)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "afile"]
+    assert (tmp_path / "afile").read_text() == "keep me"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_where_there_is_none_is_refused(tmp_path):
+    assert_refused(pretrain(tmp_path, "--steps", 2, "--device", "cuda"), "CUDA")
