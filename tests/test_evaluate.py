@@ -351,7 +351,7 @@ BAD = [  # arguments, words in the last line
     ("a.pt --context farm", "farm"), ("a.pt --distractors 99", "distractors"), ("a.pt --seed -1", "--seed"),
     ("a.pt --seed 99999999999999999999", "--seed"), ("a.pt --device nope", "nope"),
     ("a.pt --json text.pt/e.json", "text.pt"), ("a.pt --json folder", "folder"), ("a.pt --json folder/", "folder"),
-    ("a.pt --plot text.pt/p.png", "text.pt"), ("a.pt --plot folder", "folder"), ("a.pt --plot p.nope", "nope"),
+    ("a.pt --plot text.pt/p.png", "text.pt"), ("a.pt --plot folder", "folder"),
     ("a.pt --data missing.jsonl", "missing.jsonl"), ("a.pt --data text.pt", "text.pt"),
     ("a.pt --data empty.jsonl", "empty.jsonl"),
     ("a.pt --data bytes.jsonl", "bytes.jsonl"), ("a.pt --data other.jsonl", "other.jsonl"),
@@ -382,6 +382,11 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(bad_folder, arg
     before = sorted(path for path in bad_folder.rglob("*") if path.is_file())
     assert_refused(run(bad_folder, "evaluate.py", *"--n 4 --problems 1 --ops 2".split(), *arguments.split()), word)
     assert sorted(path for path in bad_folder.rglob("*") if path.is_file()) == before
+
+
+def test_a_figure_of_no_known_format_is_refused(bad_folder):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    assert_refused(run(bad_folder, "evaluate.py", "a.pt", *SHORT, "--plot", "p.nope"), "nope")
 
 
 def test_no_checkpoint_at_all_is_refused(tmp_path):
