@@ -88,19 +88,23 @@ def arguments():
                 raise ValueError(f"--k is a list of integers such as 1,8,128, got {args.k!r}")
             args.k = sorted({int(k) for k in args.k.split(",")})
         for name, low in dict(n=1, problems=1, rows=1, show=0, temperature=0, seed=0).items():
-            if not low <= getattr(args, name) < math.inf:
-                raise ValueError(f"--{name} must be at least {low}, got {getattr(args, name)}")
+            if not low <= getattr(args, name) < 2 ** 62:
+                raise ValueError(f"--{name} must be at least {low} and not huge, got {getattr(args, name)}")
         if not 1 <= args.k[0] or args.k[-1] > args.n:
             raise ValueError(f"pass@{args.k[-1]} needs 1 <= k <= n, but --n is {args.n}")
         if args.context not in [*data.CONTEXTS, "all"]:
             raise ValueError(f"--context is zoo, school, movie or all, got {args.context!r}")
         args.law = data.distractor_law(args.distractors)
+        torch.empty(0, device=args.device)
         args.checkpoints = args.checkpoints or [c for c in CHAIN if os.path.exists(c)]
         if not args.checkpoints:
             raise ValueError("there is no checkpoint in out/: run python pretrain.py first, or name one")
         args.loaded = []
         for path in args.checkpoints:
             checkpoint = load_checkpoint(path)
+            id_ops, counts = checkpoint.get("id_ops"), [checkpoint.get("step"), checkpoint.get("problems")]
+            if not (isinstance(id_ops, list) and len(id_ops) == 2 and all(isinstance(n, int) for n in id_ops + counts)):
+                raise ValueError(f"{path} does not say how it was trained (id_ops, step, problems)")
             args.loaded.append((path, build_model(checkpoint, path), checkpoint))
         args.id_ops = args.loaded[0][2]["id_ops"]
         if args.data:
@@ -110,16 +114,25 @@ def arguments():
                                  for op in sorted({r["op"] for r in rows}) if op in wanted}
             if not args.problem_rows:
                 raise ValueError(f"{args.data} has no rows with op {args.ops}")
+            for n, row in enumerate(rows, 1):
+                try:
+                    verify(row["solution"], "")
+                except ValueError as error:
+                    raise ValueError(f"{args.data} row {n}: {error}") from None
         else:
             ops = data.parse_ops(args.ops or f"2-{min(2 * args.id_ops[1], data.MAX_OP)}")
             args.problem_rows = {op: [data.make_row(i, data.parse_mixture(f"{args.context}:{op}"), args.seed, "eval",
                                                     args.law) for i in range(args.problems)] for op in ops}
+        if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
+            raise ValueError(f"--plot {args.plot} must end in .png, .pdf or .svg")
         for path in filter(None, [args.json, args.plot]):
+            if os.path.isdir(path) or path.endswith("/"):
+                raise ValueError(f"{path} is a folder, not a file")
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             open(f"{path}.part", "ab").close()  # better to fail now than after the sampling
             os.remove(f"{path}.part")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        p.error(str(error))
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError, AssertionError) as error:
+        p.error(str(error).splitlines()[0])
     return args
 
 

@@ -97,16 +97,18 @@ def arguments():
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
         for name in "seed lr min_lr warmup weight_decay workers show init_std look_back".split():
-            if not 0 <= getattr(args, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(args, name)}")
+            if not 0 <= getattr(args, name) < 2 ** 62:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and not huge, got {getattr(args, name)}")
         if args.width % (2 * args.n_heads) or args.n_heads % args.n_kv_heads:
             raise ValueError("--width must be a multiple of 2 * n_heads, --n-heads a multiple of --n-kv-heads")
         if args.warmup >= 1 or not args.clip > 0 or not args.rope_theta > 0:
             raise ValueError("--warmup is a share below 1; --clip and --rope-theta are above 0")
+        if os.path.isdir(args.out) or args.out.endswith(("/", ".jsonl")):
+            raise ValueError(f"--out {args.out} must name a file, and not one in .jsonl, which is for the metrics")
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         open(f"{args.out}.part", "ab").close()  # better to fail now than at the first checkpoint
         os.remove(f"{args.out}.part")
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, AssertionError) as error:
         p.error(str(error).splitlines()[0])
     return p, args
 
@@ -152,7 +154,7 @@ def main():
               "resume out ops mixture device log_every eval_every save_every show workers compile".split()} | {"world": world}
     trained_ops = [op for (_, op), weight in zip(args.mixture.cells, args.mixture.weights) if weight > 0]
     id_ops = [min(trained_ops), max(trained_ops)]  # "in distribution", for evaluate.py
-    start, tokens_seen, seconds = 0, 0, 0.0
+    start, tokens_seen, seconds, val_loss = 0, 0, 0.0, None
     metrics = os.path.splitext(args.out)[0] + ".jsonl"
     if args.resume and os.path.exists(args.out):
         try:
@@ -167,9 +169,11 @@ def main():
             for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
                 optimizer.load_state_dict(state)
             torch.set_rng_state(checkpoint["rng"])
-        except (ValueError, KeyError) as error:
+            start, tokens_seen, seconds, val_loss = (checkpoint[k] for k in ("step", "tokens", "seconds", "val_loss"))
+        except ValueError as error:
             parser.error(str(error))
-        start, tokens_seen, seconds = (checkpoint[k] for k in ("step", "tokens", "seconds"))
+        except Exception:  # a part is missing or is not what it should be
+            parser.error(f"{args.out} is not a whole checkpoint of pretrain: start afresh without --resume")
         say(f"resumed {args.out} at step {start} of {args.steps}")
     elif args.resume:
         say(f"there is no {args.out} yet: starting at step 0")
@@ -186,7 +190,8 @@ def main():
 
     train = stream("train", rank=rank, world=world)
     loader = torch.utils.data.DataLoader(train, batch_size=None, sampler=range(start, args.steps),
-                                         num_workers=args.workers, collate_fn=list)
+                                         num_workers=args.workers, collate_fn=list,
+                                         generator=torch.Generator())  # its own: it must not draw from the run's
     held_out = list(itertools.chain(*(stream("eval")[s] for s in range(-(-256 // args.batch)))))
 
     loss_of = torch.compile(model.loss, dynamic=True) if args.compile else model.loss
@@ -195,10 +200,12 @@ def main():
         return [torch.from_numpy(a).to(device, non_blocking=True) for a in batch]
 
     def accumulate(micro_batches):
-        """Add up the gradient of the mean loss per target token over micro-batches and ranks; returns that loss."""
-        count = torch.tensor(float(sum((y != data.IGNORE).sum() for _, y in micro_batches)), device=device)
+        """Add up the gradient of the mean loss per target token over micro-batches and ranks; returns that loss, and
+        how many tokens the step read."""
+        count, n_tokens = counts = torch.tensor([sum((y != data.IGNORE).sum() for _, y in micro_batches),
+                                                 sum((x != 0).sum() for x, _ in micro_batches)], device=device)
         if world > 1:
-            dist.all_reduce(count)
+            dist.all_reduce(counts)
         total = torch.zeros((), device=device)
         for batch in micro_batches:
             x, y = to_device(batch)
@@ -212,7 +219,7 @@ def main():
             for p, g in zip(model.parameters(), flat[:-1].split([p.numel() for p in model.parameters()])):
                 p.grad.copy_(g.view_as(p))
             total = flat[-1]
-        return total
+        return total, n_tokens
 
     @torch.no_grad()
     def held_out_loss():
@@ -226,7 +233,7 @@ def main():
 
     def checkpoint(step):
         return dict(stage="pretrain", config=asdict(config), model=model.state_dict(), step=step, tokens=tokens_seen,
-                    problems=step * args.batch, seconds=seconds + time.time() - began, recipe=recipe, id_ops=id_ops,
+                    problems=step * args.batch, seconds=seconds + time.time() - began, recipe=recipe, id_ops=id_ops, val_loss=val_loss,
                     optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state())
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -237,7 +244,7 @@ def main():
     if start < args.steps:
         for _ in range(2):  # the first pass warms up
             then = time.time()
-            float(accumulate(train[start]))
+            float(accumulate(train[start])[0])
             model.zero_grad(set_to_none=True)
         say(f"expected time: about {(time.time() - then) * (args.steps - start) * 1.15 / 60:.1f} minutes")
 
@@ -247,21 +254,21 @@ def main():
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda *_: interrupted.append(1))  # finish the step, then save
     began = logged = time.time()
-    logged_step, logged_tokens, val_loss = start, tokens_seen, None
+    logged_step, logged_tokens = start, tokens_seen
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=None if master else True, smoothing=0.05)
     for step, micro_batches in zip(range(start, args.steps), loader):
         warmup = max(1, round(args.warmup * args.steps))
         progress = max(0, step - warmup) / max(1, args.steps - warmup)
         lr = args.lr * (step + 1) / warmup if step < warmup else \
             args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-        loss = accumulate(micro_batches)
+        loss, n_tokens = accumulate(micro_batches)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
         model.zero_grad(set_to_none=True)
-        tokens_seen += world * sum(int((x != 0).sum()) for x, _ in micro_batches)
+        tokens_seen += int(n_tokens)
 
         done = step + 1
         stop = bool(interrupted)
@@ -270,13 +277,16 @@ def main():
             dist.all_reduce(flag)
             stop = bool(flag)
         log, save = done % args.log_every == 0, done % args.save_every == 0 or done == args.steps or stop
-        if (log or save) and not (float(loss) < 2 * math.log(config.vocab_size) and math.isfinite(grad_norm)):
+        report = done % args.eval_every == 0 or done == args.steps
+        if report or save:  # before each save: a broken model must not replace a good one
+            held_out_now = held_out_loss()
+            val_loss = held_out_now if report else val_loss
+        limit = 2 * math.log(config.vocab_size)  # twice the loss of guessing
+        if (report or save) and not held_out_now < limit or (log or save) and not float(loss) < limit:
             bar.close()
-            say(f"stopped at step {done}: the loss is {float(loss):.3g} with a gradient of norm {float(grad_norm):.3g}, worse "
-                f"than guessing; try a smaller --lr. {args.out} holds the last good checkpoint, if one was written.")
+            say(f"stopped at step {done}: the loss is {float(loss):.3g}, or that on held-out problems, and far worse than "
+                f"guessing; try a smaller --lr. {args.out} holds the last good checkpoint, if one was written.")
             sys.exit(1)
-        if done % args.eval_every == 0 or done == args.steps:
-            val_loss = held_out_loss()
         if master and (log or done == args.steps):
             now = time.time()
             row = dict(step=done, loss=float(loss), val_loss=val_loss, lr=lr, grad_norm=float(grad_norm),
