@@ -374,11 +374,16 @@ def build_model(checkpoint, path="the checkpoint"):
     try:
         if set(config) != {f.name for f in fields(Config)}:
             raise ValueError("unknown configuration")
-        config = Config(**config)
-        if len(state) > 14 * config.n_layers + 2 or config.n_layers > 1000:
+        c = Config(**config)
+        sizes = (c.n_layers, c.width, c.n_heads, c.n_kv_heads, c.mlp, c.vocab_size)
+        if not (all(type(n) is int and n > 0 for n in sizes) and c.width % (2 * c.n_heads) == 0
+                and c.n_heads % c.n_kv_heads == 0 and len(state) == 12 * c.n_layers + 2
+                and all(type(x) in (int, float) for x in (c.rope_theta, c.eps, c.init_std, c.look_back))):
             raise ValueError("sizes do not fit")
         with torch.device("meta"):  # no memory is taken before the sizes are known to fit
-            model = Transformer(config)
+            model = Transformer(c)
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in model.state_dict().items()}:
+            raise ValueError("weights do not fit")
         model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     except (ValueError, RuntimeError, TypeError, AttributeError, ZeroDivisionError, OverflowError):
         raise ValueError(f"{path} does not hold a model of this project") from None

@@ -8,7 +8,7 @@ import math
 import os
 import pickle
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -154,6 +154,28 @@ def test_the_100m_preset_is_the_model_of_the_paper():
         layer = 768 * (768 + 128 + 128) + (768 + 128 + 128) + 768 * 768 + 3 * 768 * 3072 + 2 * 768
         assert Transformer(c).n_params() == 448 * 768 + 12 * layer + 768
     assert all(c.vocab_size == data.VOCAB_SIZE for c in CONFIGS.values())
+
+
+def test_heads_that_look_back_start_out_looking_back():
+    c = replace(CONFIGS["tiny"], n_heads=6, n_kv_heads=2, width=6 * 32, n_layers=2, look_back=1)
+    torch.manual_seed(0)
+    model, ids, attention = Transformer(c), random_ids(2, 25), []
+
+    def attend(q, k, v):
+        scores = q @ k.repeat_interleave(3, 1).transpose(-1, -2) / math.sqrt(32)
+        attention.append(scores.masked_fill(torch.ones(25, 25).triu(1).bool(), -math.inf).softmax(-1))
+        return attention[-1] @ v.repeat_interleave(3, 1)
+
+    with torch.no_grad():
+        model.hidden(ids, attend=[attend, attend])
+    def mean_weight(layer, head, back):
+        return float(attention[layer][:, head].diagonal(-back, 1, 2).mean())
+
+    for layer, head in itertools.product((0, 1), range(6)):
+        if layer == 0 and head < 3:  # those of the first key-value head look 1, 2 and 3 tokens back
+            assert mean_weight(layer, head, head + 1) > 0.6
+        else:
+            assert max(mean_weight(layer, head, back) for back in range(12)) < 0.3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
