@@ -475,6 +475,23 @@ def mixture_of(ops, mix, default):
     return parse_mixture(default if mix is None else mix)
 
 
+def reweighted(mixture, factors):
+    """The mixture with the weight of each op times factors[op]."""
+    weights = [w * factors.get(op, 0.0) for (_, op), w in zip(mixture.cells, mixture.weights)]
+    weights = [w / sum(weights) for w in weights]
+    return mixture._replace(weights=weights, cumulative=list(itertools.accumulate(weights)))
+
+
+def op_groups(id_ops):
+    """How ops are grouped after pre-training on ops id_ops = [m, M]: {name: (first op, last op)}.
+
+    As in arXiv 2512.07783, where [2, 10] makes ID 2-10, OOD-edge 11-14 and OOD-hard 15-20: up to M, 1.4 M and 2 M.
+    """
+    m, M = id_ops
+    edge = min(math.ceil(1.4 * M), MAX_OP)
+    return {"ID": (m, M), "OOD-edge": (M + 1, edge), "OOD-hard": (edge + 1, min(2 * M, MAX_OP))}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # problem i
 
@@ -560,7 +577,8 @@ def tokenizer():
 
     Tokens are the 256 bytes and the phrases that the problems are made of, each split off whole by the pattern (tiktoken
     looks a piece up before it tries to merge bytes). Everything else falls back to bytes, so any text round-trips.
-    Digits are single tokens, the first one of a number with its space. Tags are special tokens, and no phrase starts or
+    The name of a quantity, "adult fox in Maple Creek", is one token: a model that has to tie kind and place together
+    first spends most of a short run on that. Digits are single tokens, the first one of a number with its space. Tags are special tokens, and no phrase starts or
     ends with the space beside a tag: the ids of a prompt are a prefix of the ids of the prompt plus its continuation.
     """
     phrases = [before + the for the in (" the number of", " the")
@@ -570,8 +588,8 @@ def tokenizer():
     phrases += [" equals", " plus", " times", " as", "; so", " so", " ="]
     phrases += [" +", " -", " *"] + [f" {d}" for d in "0123456789"] + [f" {letter}" for letter in LETTERS]
     for c in CONTEXTS.values():
-        phrases += [" " + c["total"]] + [" " + kind for kind in c["kinds"]]
-        phrases += [form for place in c["places"] for form in (f" in {place}", f" does {place} have?")]
+        phrases += [f" {kind}" for kind in c["kinds"]] + [f" does {place} have?" for place in c["places"]]
+        phrases += [f" {name} in {place}" for name in [*c["kinds"], c["total"]] for place in c["places"]]
     pattern = "|".join(re.escape(p) for p in sorted(phrases, key=len, reverse=True))  # the longest phrase wins
     tokens = [bytes([b]) for b in range(256)] + [p.encode() for p in phrases]
     n = len(tokens)
@@ -580,7 +598,7 @@ def tokenizer():
                              special_tokens={t: n + i for i, t in enumerate(TAGS + [END])})
 
 
-VOCAB_SIZE = 448  # the tokenizer's 440, rounded up to a multiple of 64 so that matrix kernels run at full speed
+VOCAB_SIZE = 640  # the tokenizer's 637, rounded up to a multiple of 64 so that matrix kernels run at full speed
 
 
 def prompt_text(row):
@@ -638,15 +656,20 @@ class TrainingSteps:
         first = step * self.batch_size
         rows = [encode_row(self.enc, make_row(i, self.mixture, self.seed, self.split, self.law))
                 for i in range(first + self.rank, first + self.batch_size, self.world)]
-        rows.sort(key=lambda row: len(row[0]))
-        batches, start = [], 0
-        while start < len(rows):
-            end = start + 1
-            while end < len(rows) and math.prod(padded(end + 1 - start, len(rows[end][0]) - 1)) <= self.micro_tokens:
-                end += 1
-            batches.append(pad(rows[start:end], self.loss))
-            start = end
-        return batches
+        return [pad(batch, self.loss) for batch in cut(rows, self.micro_tokens)]
+
+
+def cut(rows, micro_tokens):
+    """Sort rows (ids, n_prompt, ...) by length and cut them into lists of at most `micro_tokens` tokens, with padding."""
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    batches, start = [], 0
+    while start < len(rows):
+        end = start + 1
+        while end < len(rows) and math.prod(padded(end + 1 - start, len(rows[end][0]) - 1)) <= micro_tokens:
+            end += 1
+        batches.append(rows[start:end])
+        start = end
+    return batches
 
 
 def padded(n_rows, T):
@@ -654,11 +677,11 @@ def padded(n_rows, T):
 
 
 def pad(rows, loss="all"):
-    """[(ids, n_prompt)] -> (x, y) as in `TrainingSteps`."""
-    shape = padded(len(rows), max(len(ids) for ids, _ in rows) - 1)
+    """[(ids, n_prompt, ...)] -> (x, y) as in `TrainingSteps`."""
+    shape = padded(len(rows), max(len(row[0]) for row in rows) - 1)
     x = np.zeros(shape, np.int64)
     y = np.full(shape, IGNORE, np.int64)
-    for b, (ids, n_prompt) in enumerate(rows):
+    for b, (ids, n_prompt, *_) in enumerate(rows):
         first = n_prompt if loss == "solution" else 1  # the first token with a loss
         x[b, :len(ids) - 1] = ids[:-1]
         y[b, first - 1:len(ids) - 1] = ids[first:]

@@ -27,7 +27,7 @@ class Config:
     n_heads: int
     n_kv_heads: int
     mlp: int                 # width inside the MLP
-    vocab_size: int = 448    # data.VOCAB_SIZE
+    vocab_size: int = 640    # data.VOCAB_SIZE
     rope_theta: float = 1e6
     eps: float = 1e-6
     init_std: float = 0.02
@@ -197,6 +197,17 @@ class Transformer(nn.Module):
             keep = y != -100
             hidden, y = hidden[keep], y[keep]
         return F.cross_entropy(self.head(hidden).flatten(0, -2).float(), y.flatten(), reduction=reduction)
+
+    def logprobs(self, x, where, targets, temperature=1.0):
+        """Log-probabilities (N,) of targets (N,), in nats, and the entropy (N,) of what each was drawn from (no gradient).
+
+        targets[i] follows position where[i] of x (B, T), counted row by row. temperature: as it was when they were sampled.
+        """
+        hidden = self.hidden(x).flatten(0, 1).index_select(0, where)
+        logprobs = (self.head(hidden).float() / temperature).log_softmax(-1)
+        with torch.no_grad():
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
     def n_params(self):
         return sum(p.numel() for p in self.parameters())

@@ -607,11 +607,12 @@ def test_digits_are_single_tokens():
 
 
 def test_names_tags_and_letters_are_single_tokens():
-    names = {c for row, problem, _ in all_audited() for c in problem.rules}
-    kinds, places = {name.split(" in ")[0] for name in names}, {place(name) for name in names}
-    assert (len(kinds), len(places)) == (23, 30)
-    singles = [f" {word}" for word in [*kinds, *string.ascii_letters]] + TAGS
-    singles += [text for where in places for text in (f" in {where}", f" does {where} have?")]
+    used = {c for row, problem, _ in all_audited() for c in problem.rules}
+    totals = {f"{c['total']} in {where}" for c in data.CONTEXTS.values() for where in c["places"]}
+    names = {f"{kind} in {where}" for c in data.CONTEXTS.values() for kind in c["kinds"] for where in c["places"]}
+    assert used <= names | totals and len(names) == 200 and len(totals) == 30
+    singles = [f" {word}" for word in [*names, *totals, *string.ascii_letters]] + TAGS
+    singles += [f" {name.split(' in ')[0]}" for name in names] + [f" does {place(name)} have?" for name in names]
     assert [text for text in singles if len(ids_of(text)) != 1] == []
 
 

@@ -152,7 +152,7 @@ def test_the_100m_preset_is_the_model_of_the_paper():
         (12, 768, 12, 2, 3072, 1e6, 1e-6, 0.02)
     with torch.device("meta"):
         layer = 768 * (768 + 128 + 128) + (768 + 128 + 128) + 768 * 768 + 3 * 768 * 3072 + 2 * 768
-        assert Transformer(c).n_params() == 448 * 768 + 12 * layer + 768
+        assert Transformer(c).n_params() == 640 * 768 + 12 * layer + 768
     assert all(c.vocab_size == data.VOCAB_SIZE for c in CONFIGS.values())
 
 

@@ -169,7 +169,7 @@ def test_the_loss_falls(tmp_path, optimizer, lr):
     result = pretrain(tmp_path, "--optimizer", optimizer, "--steps", 40, "--log-every", 1, "--lr", lr, "--out", "a.pt")
     assert result.code == 0, result
     rows = metrics(tmp_path / "a.jsonl")
-    assert rows[0]["loss"] == pytest.approx(math.log(448), abs=0.3)  # at first all tokens are alike
+    assert rows[0]["loss"] == pytest.approx(math.log(640), abs=0.3)  # at first all tokens are alike
     assert np.mean([row["loss"] for row in rows[-5:]]) < 3.5
     assert rows[-1]["val_loss"] < 3.5
 
@@ -402,7 +402,7 @@ def test_the_checkpoint_kept_is_from_before_the_explosion(exploded):
     if not (folder / "a.pt").exists():
         pytest.skip("this run broke at its first step, before there was a good checkpoint")
     loss = loss_by_hand(build_model(load_checkpoint(folder / "a.pt")), "train", 8)
-    assert loss < 2 * math.log(448)
+    assert loss < 2 * math.log(640)
 
 
 def test_a_model_that_died_is_no_success(tmp_path):
