@@ -54,7 +54,8 @@ def interval(values):
 
 def group_of(op, id_ops):
     """ID, OOD-edge or OOD-hard, from the op and the largest op of pre-training."""
-    return "ID" if op <= id_ops[1] else "OOD-edge" if op <= math.ceil(1.4 * id_ops[1]) else "OOD-hard"
+    groups = data.op_groups(id_ops)
+    return "ID" if op <= groups["ID"][1] else "OOD-edge" if op <= groups["OOD-edge"][1] else "OOD-hard"
 
 
 def arguments():
