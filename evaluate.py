@@ -215,6 +215,23 @@ def summarize(records, args):
     return summary
 
 
+def differences(records, others, args):
+    """How much better `records` are than `others` on the same problems: {group: {"pass@1": mean, "pass@1 +-": half}}.
+
+    Of verified pass@k. The interval is over the differences problem by problem, which is narrower than it would be
+    without the pairing.
+    """
+    out = {}
+    for name in dict.fromkeys(group_of(r["op"], args.id_ops) for r in records):
+        pairs = [(r["right"]["verified"], o["right"]["verified"]) for r, o in zip(records, others)
+                 if group_of(r["op"], args.id_ops) == name]
+        out[name] = {}
+        for k in args.k:
+            mean, half = interval([pass_at_k(args.n, c, k) - pass_at_k(args.n, d, k) for c, d in pairs])
+            out[name] |= {f"pass@{k}": mean, f"pass@{k} +-": None if math.isnan(half) else half}
+    return out
+
+
 def table(results, args):
     """Text table, a line an op and a group. One checkpoint: every pass@k and verdict; several: verified, least and most k."""
     ks = [f"pass@{k}" for k in args.k]
@@ -224,9 +241,9 @@ def table(results, args):
         columns = [("verified", k) for k in dict.fromkeys((ks[0], ks[-1]))]
     width = 14
 
-    def cell(numbers, verdict, k):
-        half = numbers[verdict][f"{k} +-"]
-        return f"{numbers[verdict][k]:.3f}" + (f" +-{half:.2f}" if half is not None else " " * 7)
+    def cell(numbers, k, form=".3f"):
+        half = numbers[f"{k} +-"]
+        return f"{numbers[k]:{form}}" + (f" +-{half:.2f}" if half is not None else " " * 7)
 
     def line(title, cells):
         return f"{title:<10}" + "".join(f"{c:>{width}}" for c in cells)
@@ -239,7 +256,13 @@ def table(results, args):
     for section, title in (("ops", "op "), ("groups", "")):
         lines.append("")
         for key in some[section]:
-            lines.append(line(title + key, [cell(r[section][key], *c) for r in results.values() for c in columns]))
+            lines.append(line(title + key, [cell(r[section][key][v], k) for r in results.values() for v, k in columns]))
+    for key, title in (("against_first", "change against the first"), ("against_previous", "change against the one before")):
+        if any(key in r for r in results.values()):
+            lines += ["", title]
+            for group in some["groups"]:
+                lines.append(line(group, [cell(r[key][group], k, "+.3f") if key in r else ""
+                                          for r in results.values() for _, k in columns]))
     return "\n".join(lines)
 
 
@@ -291,7 +314,7 @@ def main():
     if rank == 0:
         print(f"{n_problems} held-out problems, op {min(args.problem_rows)}-{max(args.problem_rows)}, {args.n} samples "
               f"each at temperature {args.temperature:g}, for {len(args.loaded)} checkpoint(s) on {args.device}", flush=True)
-    results = {}
+    results, all_records = {}, []
     for path, model, checkpoint in args.loaded:
         model.to(args.device)
         bar = tqdm(total=-(-n_problems // world) * args.n, desc=path, unit=" samples", disable=None if rank == 0 else True)
@@ -303,6 +326,11 @@ def main():
             records = sorted((r for part in parts for r in part), key=lambda r: r["op"])
         results[path] = summarize(records, args) | {
             "stage": checkpoint["stage"], "step": checkpoint["step"], "problems": checkpoint["problems"]}
+        if all_records:
+            results[path]["against_first"] = differences(records, all_records[0], args)
+        if len(all_records) > 1:
+            results[path]["against_previous"] = differences(records, all_records[-1], args)
+        all_records.append(records)
         if rank == 0 and args.show:
             print(f"\n{path}")
             show(records, args.show)
@@ -313,9 +341,12 @@ def main():
 
     print("\n" + table(results, args) + "\n")
     for name, r in results.items():
-        print(f"{name}: right answer by wrong reasoning in {100 * r['hacked']:.1f} % of the right answers, cut off "
-              f"{100 * r['truncated']:.1f} %; edge (verified pass@{args.k[0]} below 0.5, pass@{args.k[-1]} not 0): "
-              + (f"op {r['edge'][0]}-{r['edge'][1]}" if r["edge"] else "none"))
+        common = sorted(r["errors"].items(), key=lambda e: -e[1])[:4]
+        print(f"{name}\n  edge (verified pass@{args.k[0]} below 0.5, pass@{args.k[-1]} at least 0.05): "
+              + (f"op {r['edge'][0]}-{r['edge'][1]}" if r["edge"] else "none")
+              + f"\n  right answer by wrong reasoning: {100 * r['hacked']:.1f} % of the right answers; cut off: "
+              f"{100 * r['truncated']:.1f} %\n  most frequent errors, in % of the samples: "
+              + (", ".join(f"{kind} {100 * share:.0f}" for kind, share in common) or "none"))
     settings = {k: getattr(args, k) for k in "n k problems temperature distractors seed context data id_ops".split()}
     part = f"{args.json}.part"
     with open(part, "w", encoding="utf-8") as f:
