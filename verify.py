@@ -51,6 +51,9 @@ LARGEST = 10 ** 18
 OPERAND = f"(?:[A-Za-z]|{INT})"
 EXPR = f"{OPERAND}(?: [-+*] {OPERAND})*"
 ASSIGN = re.compile(f"(so )?([A-Za-z]) = ((?:{EXPR} = )*)({INT})")
+# as the data set writes it: x = 5, x = a = 5 or x = a + b = 2 + 3 = 5, where a can also be a literal
+PLAIN = re.compile(rf"(so )?([A-Za-z]) = "
+                   rf"(?:([A-Za-z]) = |({OPERAND}) ([-+*]) ([A-Za-z]) = ({INT}) \5 ({INT}) = )?({INT})")
 
 ENDS = ("Answer:", "</solution>", "<answer>")        # the first of these ends the steps
 ENDING = re.compile(rf"(?:Answer: ?({INT}) ?\.(?: ?</solution>)?|</solution> ?<answer> ?({INT}) ?</answer>)"
@@ -146,28 +149,13 @@ def _step(text, nodes, env):
     assigns = body.removesuffix(".").split(";")
     for i, assign in enumerate(assigns, 1):
         assign = assign.strip()
-        m = ASSIGN.fullmatch(assign)
-        if m:
-            so, x, sides, n = m.groups()
-            words = sides.split(" ")
-            letters = LETTERS.intersection(words)
-        else:
-            x, n, letters = _garbled(assign)
-        how, error, above = None, None, set()
-        for y in letters:
-            number, _, parents_y = env.get(y, NOTHING)
-            above |= parents_y
-            if number is None:
-                error = UNDEFINED
+        so, x, n, letters, above, how, error = _plain(assign, env) or _assign(assign, env)
         parents |= above
-        used |= letters
-
-        if not m or not bool(so) == (x == letter) == (i == len(assigns)):
-            error = UNPARSABLE                           # "so LETTER = ..." comes last, and nothing else has a "so"
-        elif x != letter and x in env:
-            error = REDEFINED
-        elif not error:
-            how, error = _check(words, n, env)
+        used.update(letters)
+        if not bool(so) == (x == letter) == (i == len(assigns)):
+            how, error = None, UNPARSABLE                # "so LETTER = ..." comes last, and nothing else has a "so"
+        elif x != letter and x in env and error != UNPARSABLE:
+            how, error = None, REDEFINED
         if error:
             errors.append(f"{error}: {name}, {_short(assign)}")
         if x == letter:
@@ -182,6 +170,46 @@ def _step(text, nodes, env):
     return Step(name, text, letter, frozenset(parents), value, rule, tuple(errors))
 
 
+def _plain(assign, env):
+    """`_assign` in a third of the time for what is PLAIN and has no error, as nearly all is; None for the rest."""
+    m = PLAIN.fullmatch(assign)
+    if not m:
+        return None
+    so, x, copied, a, op, b, number_a, number_b, n = m.groups()
+    if copied:
+        number, rule, parents = env.get(copied, NOTHING)
+        return (so, x, n, copied, parents, rule, None) if number == n else None
+    if not op:                                           # a leaf
+        return so, x, n, "", frozenset(), (None, int(n), ()), None
+    known_a, rule_a, parents_a = env.get(a, NOTHING) if a in LETTERS else (a, (None, int(a), ()), frozenset())
+    known_b, rule_b, parents_b = env.get(b, NOTHING)
+    p, q = int(number_a), int(number_b)
+    value = p + q if op == "+" else p - q if op == "-" else p * q
+    if number_a != known_a or number_b != known_b or value != int(n):
+        return None
+    return so, x, n, (a, b), parents_a | parents_b, _combine(rule_a, op, rule_b), None
+
+
+def _assign(assign, env):
+    """Any assignment -> ("so " or None, letter, number or None, letters used, their parents, rule, error or None)."""
+    m = ASSIGN.fullmatch(assign)
+    if m:
+        so, x, sides, n = m.groups()
+        words = sides.split(" ")
+        letters = LETTERS.intersection(words)
+    else:
+        so, (x, n, letters) = None, _garbled(assign)
+    how, error, above = None, None, set()
+    for y in letters:
+        number, _, parents_y = env.get(y, NOTHING)
+        above |= parents_y
+        if number is None:
+            error = UNDEFINED
+    if m and not error:
+        how, error = _check(words, n, env)
+    return so, x, n, letters, above, how, error if m else UNPARSABLE
+
+
 def _garbled(assign):
     """What can be made of text that is no ASSIGN -> (its first word, number or None, letters after the first "=")."""
     x, *sides = assign.removeprefix("so ").split(" = ")
@@ -190,18 +218,16 @@ def _garbled(assign):
 
 
 def _check(words, n, env):
-    """The words of "e1 = e2 = ... = " before a number n -> (rule of e1, name of the first error or None).
+    """The words of "e1 = e2 = ... = ", not none, before a number n -> (rule of e1, name of the first error or None).
 
     Every side must come to n, and those after e1 must be e1 with numbers put for letters: 3 + t = 3 + 2 = 5 and not
     3 + t = 4 + 1 = 5, though the operands of + and * may change places.
     """
-    if words == [""]:                                    # a leaf
-        return (None, int(n), ()), None
     first, rest = words[:words.index("=")], words[words.index("=") + 1:-2]
     numbers, value, rule = _side(first, env)
     if value != int(n):
         return rule, ARITHMETIC
-    if not rest or rest == numbers:                      # nearly always
+    if not rest or rest == numbers:
         return rule, None
     error, letters, in_order = None, LETTERS.intersection(first), sorted(numbers)
     commutes = "-" not in first and not ("+" in first and "*" in first)
