@@ -43,10 +43,10 @@ from verify import REWARDS, reward, verify
 
 # Settings that suit a model; each can be set on the command line.
 PRESETS = {
-    "tiny": dict(steps=150, prompts=48, rollouts=8, updates=2, lr=3e-4, warmup=5, weight_decay=0.0, clip=1.0, max_new=192,
+    "tiny": dict(id_share=0.2, steps=150, prompts=64, rollouts=8, updates=2, lr=2e-4, kl=0.0, warmup=5, weight_decay=0.0, clip=1.0, max_new=192,
                  micro_tokens=2048, rows=512, eval_every=25, eval_problems=64, save_every=25),
     # arXiv 2512.07783: 200 steps of 1024 prompts, 6 rollouts each, 4 updates
-    "100m": dict(steps=200, prompts=1024, rollouts=6, updates=4, lr=1e-6, warmup=0, weight_decay=0.1, clip=1.0, max_new=1024,
+    "100m": dict(id_share=0.0, steps=200, prompts=1024, rollouts=6, updates=4, lr=1e-6, kl=1e-3, warmup=0, weight_decay=0.1, clip=1.0, max_new=1024,
                  micro_tokens=65536, rows=6144, eval_every=20, eval_problems=256, save_every=20),
 }
 SEED = 2_000_000   # added to --seed: problems of its own, not those of the stages before over again
@@ -106,7 +106,8 @@ def arguments():
     g = p.add_argument_group("problems")
     g.add_argument("--ops", help='op range (default: OOD-edge, up to 1.4 times the largest op of pre-training), or "edge": the range that evaluate.py named')
     g.add_argument("--eval-json", default="out/eval.json", help="where --ops edge finds it (default out/eval.json)")
-    g.add_argument("--mix", help='mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20:0.5,school:2-20:0.5"')
+    g.add_argument("--id-share", type=float, help="share of problems from the range of pre-training (default from the preset)")
+    g.add_argument("--mix", help='instead of these two a mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20:0.5,school:2-20:0.5"')
     g.add_argument("--distractors", type=float, default=2.0, help="mean number of unneeded sentences (default 2)")
     g.add_argument("--curriculum", action="store_true", help="draw each op by the share of its groups that had both right and "
                    "wrong solutions lately; without --ops, from all ops up to OOD-hard")
@@ -117,7 +118,7 @@ def arguments():
     g.add_argument("--reward-noise", type=float, default=0.0, metavar="P", help="with this probability the process is misjudged (default 0)")
     g.add_argument("--advantage", choices=["std", "mean"], default="std", help="divide by the group's standard deviation, or not (default std)")
     g.add_argument("--clip-ratio", type=float, default=0.2, help="eps (default 0.2)")
-    g.add_argument("--kl", type=float, default=1e-3, help="beta (default 0.001); 0 saves the reference")
+    g.add_argument("--kl", type=float, help="beta (default from the preset: 100m 0.001, tiny 0, which saves the reference)")
     g.add_argument("--temperature", type=float, default=1.0, help="of sampling, and so of every probability (default 1)")
     g = p.add_argument_group("compute (defaults from the preset)")
     g.add_argument("--steps", type=int, help="rollout batches")
@@ -139,7 +140,7 @@ def arguments():
     g.add_argument("--dtype", choices=["bfloat16", "float32"], help="of matrix products (default: bfloat16 where it is fast)")
     g.add_argument("--log-every", type=int, default=1, help="steps between rows of metrics (default 1)")
     g.add_argument("--eval-every", type=int, help="steps between evaluations on held-out problems")
-    g.add_argument("--eval-problems", type=int, help="problems of such an evaluation, for ID and for the ops of RL each")
+    g.add_argument("--eval-problems", type=int, help="problems of such an evaluation, for ID and for OOD-edge each")
     g.add_argument("--save-every", type=int, help="steps between checkpoints")
     args = p.parse_args()
 
@@ -159,10 +160,20 @@ def arguments():
             if getattr(args, name) is None:
                 setattr(args, name, value)
         if args.ops == "edge":
-            args.ops = measured_edge(args.eval_json, args.init)
-        low, high = (args.id_ops[0], groups["OOD-hard"][1]) if args.curriculum else groups["OOD-edge"]
-        args.mixture = data.mixture_of(args.ops, args.mix, f"all:{low}-{high}")
-        args.mix = args.mixture.spec
+            args.ops = measured_edge(args.eval_json, args.init) if source == args.init else args.start["recipe"]["edge"]
+            args.edge = args.ops  # a resumed run keeps it, whatever was evaluated since
+        if args.mix is None:
+            if not 0 <= args.id_share <= 1:
+                raise ValueError(f"--id-share must be from 0 to 1, got {args.id_share}")
+            if args.curriculum:
+                args.mix = args.ops or "{}-{}".format(args.id_ops[0], groups["OOD-hard"][1])
+            else:
+                edge = args.ops or "{}-{}".format(*groups["OOD-edge"])
+                data.parse_ops(edge)
+                args.mix = "all:{}-{}:{:g},all:{}:{:g}".format(*args.id_ops, args.id_share, edge, 1 - args.id_share)
+        elif args.ops is not None:
+            raise ValueError("give --ops or --mix, not both")
+        args.mixture = data.parse_mixture(args.mix)
         args.law = data.distractor_law(args.distractors)
         torch.empty(0, device=args.device)
         for name in "steps prompts rollouts updates max_new micro_tokens rows log_every eval_every eval_problems save_every".split():
@@ -245,7 +256,7 @@ def main():
 
     # what the result depends on: a resumed run must have the same
     recipe = {k: v for k, v in vars(args).items() if k not in
-              "start model resume out ops eval_json mixture law device log_every eval_every eval_problems save_every".split()}
+              "start model resume out ops eval_json id_share mixture law device log_every eval_every eval_problems save_every".split()}
     recipe |= {"world": world}
     start, tokens_seen, seconds, val = 0, 0, 0.0, None
     metrics = os.path.splitext(args.out)[0] + ".jsonl"
@@ -294,11 +305,11 @@ def main():
         dist.all_gather_object(parts, objects)
         return [o for part in parts for o in part]
 
-    eval_rows = {"ID": mine(0, args.eval_problems, data.parse_mixture("{}-{}".format(*args.id_ops)), "eval"),
-                 "RL": mine(0, args.eval_problems, args.mixture, "eval")}
+    eval_rows = {name: mine(0, args.eval_problems, data.parse_mixture(f"{low}-{high}"), "eval")
+                 for name, (low, high) in data.op_groups(args.id_ops).items() if name != "OOD-hard" and low <= high}
 
     def held_out():
-        """Verified pass@1 on held-out problems at evaluate.py's temperature, 4 samples each: {"ID": x, "RL": y}."""
+        """Verified pass@1 on held-out problems at evaluate.py's temperature, 4 samples each: {"ID": x, "OOD-edge": y}."""
         right = {}
         for name, rows in eval_rows.items():
             generator.manual_seed(rank)
@@ -308,6 +319,9 @@ def main():
             right[name] = float(np.mean(gathered([verify(rows[j // 4]["solution"], data.decode(enc, ids))["verified"]
                                                   for j, ids in enumerate(tokens)])))
         return right
+
+    def shares(values):
+        return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
 
     def checkpoint(step):
         return dict(stage="grpo", config=asdict(model.config), model=model.state_dict(), step=step, tokens=tokens_seen,
@@ -326,7 +340,7 @@ def main():
     began = time.time()
     if val is None:
         val = held_out()
-        say(f"held out before RL: ID {val['ID']:.3f}, op {ops[0]}-{ops[-1]} {val['RL']:.3f} verified")
+        say("held out before RL, verified:", shares(val))
     if args.budget is None:
         bar = tqdm(total=args.steps, initial=start, unit="step", disable=None if master else True, smoothing=0.1)
     else:
@@ -465,8 +479,7 @@ def main():
                 seconds=round(seconds + time.time() - began, 2))
             with open(metrics, "a") as f:
                 f.write(json.dumps(row) + "\n")
-            bar.set_postfix_str(f"reward {row['reward']:.3f}, verified {row['verified']:.3f}, held out ID {val['ID']:.3f} RL "
-                                f"{val['RL']:.3f}, kl {row['kl']:.3g}")
+            bar.set_postfix_str(f"reward {row['reward']:.3f}, verified {row['verified']:.3f}, held out {shares(val)}")
         if master and (step % args.save_every == 0 or end or stop):
             save_checkpoint(args.out, checkpoint(step))
         bar.update(1 if args.budget is None else sum(r["read"] for r in records))
@@ -479,8 +492,7 @@ def main():
             sys.exit(130)
     bar.close()
     say(f"{args.out}: {step} steps, {step * args.prompts} prompts, {tokens_seen} tokens of RL (worth {tokens_seen * RL_COST:.3g} "
-        f"training tokens), {(seconds + time.time() - began) / 60:.1f} minutes; held out: ID {val['ID']:.3f}, op "
-        f"{ops[0]}-{ops[-1]} {val['RL']:.3f} verified")
+        f"training tokens), {(seconds + time.time() - began) / 60:.1f} minutes; held out, verified: {shares(val)}")
     if world > 1:
         dist.destroy_process_group()
 

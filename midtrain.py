@@ -31,7 +31,7 @@ from model import build_model, load_checkpoint, sample, save_checkpoint
 
 # Settings that suit a model; each can be set on the command line.
 PRESETS = {
-    "tiny": dict(steps=300, batch=64, lr=4e-3, min_lr=0.0, warmup=0.15, weight_decay=0.1, clip=1.0, optimizer="muon",
+    "tiny": dict(steps=400, batch=64, lr=4e-3, min_lr=0.0, warmup=0.15, weight_decay=0.1, clip=1.0, optimizer="muon",
                  loss="all", micro_tokens=1536, save_every=100, workers=0),
     # arXiv 2512.07783: up to 2.5B of its tokens at 512k tokens a step
     "100m": dict(steps=4900, batch=1152, lr=1e-4, min_lr=3e-5, warmup=0.15, weight_decay=0.1, clip=1.0, optimizer="adamw",

@@ -35,7 +35,7 @@ class Config:
 
 
 CONFIGS = {
-    "tiny": Config(n_layers=6, width=128, n_heads=4, n_kv_heads=2, mlp=384, rope_theta=1e4, init_std=0.05, look_back=2),
+    "tiny": Config(n_layers=4, width=128, n_heads=4, n_kv_heads=2, mlp=384, rope_theta=1e4, init_std=0.05, look_back=2),
     "100m": Config(n_layers=12, width=768, n_heads=12, n_kv_heads=2, mlp=3072),  # arXiv 2512.07783, its model
 }
 
