@@ -61,11 +61,14 @@ class RMSNormCPU(torch.autograd.Function):
         rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         normed = x * rstd
         ctx.save_for_backward(normed, rstd, weight)
-        return normed * weight
+        out = normed * weight
+        # rounded once here, and not in each of the matrix products that read it
+        return out.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else out
 
     @staticmethod
     def backward(ctx, grad):
         normed, rstd, weight = ctx.saved_tensors
+        grad = grad.to(normed.dtype)
         grad_weight = (grad * normed).flatten(0, -2).sum(0)
         grad = grad * weight
         shared = (grad * normed).mean(-1, keepdim=True)
@@ -73,17 +76,20 @@ class RMSNormCPU(torch.autograd.Function):
 
 
 def rotary_tables(positions, dim, theta):
-    """cos and sin of shape (..., T, dim) for integer positions (..., T), in float32 (RoFormer, arXiv 2104.09864)."""
+    """For integer positions (..., T) the cosine and the sine, negative in the first half, both (..., T, dim) in float32.
+
+    (RoFormer, arXiv 2104.09864)
+    """
     frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
     angles = positions[..., None].float() * frequencies
-    angles = torch.cat((angles, angles), dim=-1)  # the two halves of a head rotate together, as in Qwen2
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()  # the two halves of a head rotate together, as in Qwen2
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Apply rotary positions to x (B, H, T, D)."""
+    """Apply rotary positions to x (B, H, T, D); the result has the precision of cos and sin."""
     a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)
+    return torch.addcmul(x * cos, torch.cat((b, a), dim=-1), sin)
 
 
 class Attention(nn.Module):
@@ -135,7 +141,13 @@ def causal_attention(q, k, v):
         with torch.autocast("cpu", enabled=False):
             q, k, v = q.float(), k.float(), v.float()
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    q, k = q.to(v.dtype), k.to(v.dtype)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def filled_up(where):
+    """Indices (N,) with zeros appended up to a multiple of 128: libraries prepare, and keep, a kernel for every new size."""
+    return F.pad(where, (0, -len(where) % 128))
 
 
 @torch.no_grad()
@@ -192,19 +204,19 @@ class Transformer(nn.Module):
 
     def loss(self, x, y, reduction="sum"):
         """Cross-entropy in nats of targets y (B, T) given x (B, T); positions with y = -100 do not count."""
-        hidden = self.hidden(x)
+        hidden, y = self.hidden(x).flatten(0, 1), y.flatten()
         if not hidden.is_cuda:  # no logits where there is no loss; on CUDA the selection would wait for the device
-            keep = y != -100
-            hidden, y = hidden[keep], y[keep]
-        return F.cross_entropy(self.head(hidden).flatten(0, -2).float(), y.flatten(), reduction=reduction)
+            where = (y != -100).nonzero()[:, 0]
+            hidden, y = hidden.index_select(0, filled_up(where)), F.pad(y[where], (0, -len(where) % 128), value=-100)
+        return F.cross_entropy(self.head(hidden).float(), y, reduction=reduction)
 
     def logprobs(self, x, where, targets, temperature=1.0):
         """Log-probabilities (N,) of targets (N,), in nats, and the entropy (N,) of what each was drawn from (no gradient).
 
         targets[i] follows position where[i] of x (B, T), counted row by row. temperature: as it was when they were sampled.
         """
-        hidden = self.hidden(x).flatten(0, 1).index_select(0, where)
-        logprobs = (self.head(hidden).float() / temperature).log_softmax(-1)
+        hidden = self.hidden(x).flatten(0, 1).index_select(0, filled_up(where))
+        logprobs = (self.head(hidden)[:len(where)].float() / temperature).log_softmax(-1)
         with torch.no_grad():
             entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy

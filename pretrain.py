@@ -30,7 +30,7 @@ from model import CONFIGS, Transformer, build_model, load_checkpoint, sample, sa
 # A preset is a model (model.CONFIGS) and the settings that suit it. Each can be set on the command line.
 PRESETS = {
     # chosen by measurement for ten minutes on two CPU cores
-    "tiny": dict(mix="all:2-4", steps=4200, batch=64, lr=8e-3, min_lr=0.0, warmup=0.05, weight_decay=0.1, clip=1.0,
+    "tiny": dict(mix="all:2-4", steps=4000, batch=64, lr=8e-3, min_lr=0.0, warmup=0.05, weight_decay=0.1, clip=1.0,
                  optimizer="muon", loss="all", micro_tokens=1536, save_every=200, workers=0),
     # arXiv 2512.07783: 10B of its tokens, about 22M problems, at 512k tokens a step; mixture 20 / 30 / 50 % by difficulty
     "100m": dict(mix="all:2-4:0.2,all:5-7:0.3,all:8-10:0.5", steps=19_000, batch=1152, lr=1e-4, min_lr=3e-5, warmup=0.05,

@@ -173,7 +173,7 @@ def test_heads_that_look_back_start_out_looking_back():
 
     for layer, head in itertools.product((0, 1), range(6)):
         if layer == 0 and head < 3:  # those of the first key-value head look 1, 2 and 3 tokens back
-            assert mean_weight(layer, head, head + 1) > 0.6
+            assert mean_weight(layer, head, head + 1) > 0.5
         else:
             assert max(mean_weight(layer, head, back) for back in range(12)) < 0.3
 
