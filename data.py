@@ -578,8 +578,9 @@ def tokenizer():
     Tokens are the 256 bytes and the phrases that the problems are made of, each split off whole by the pattern (tiktoken
     looks a piece up before it tries to merge bytes). Everything else falls back to bytes, so any text round-trips.
     The name of a quantity, "adult fox in Maple Creek", is one token: a model that has to tie kind and place together
-    first spends most of a short run on that. Digits are single tokens, the first one of a number with its space. Tags are special tokens, and no phrase starts or
-    ends with the space beside a tag: the ids of a prompt are a prefix of the ids of the prompt plus its continuation.
+    first spends most of a short run on that. Digits are single tokens, the first one of a number with its space. Tags
+    are special tokens, and no phrase starts or ends with the space beside a tag: the ids of a prompt are a prefix of the
+    ids of the prompt plus its continuation.
     """
     phrases = [before + the for the in (" the number of", " the")
                for before in ("", " the sum of", " the difference between", ",", " and", ", and")]

@@ -1,7 +1,8 @@
 """
 Stage 3, reinforcement learning: GRPO (arXiv 2402.03300) from a checkpoint, with rewards that check the reasoning.
 
-    python grpo.py                                      from out/midtrain.pt, on OOD-edge (op 11-14 after 2-10)
+    python grpo.py                                      from out/midtrain.pt, on OOD-edge (op 11-14 after 2-10) and, with
+                                                        the preset tiny, 20 % from the range of pre-training
     python grpo.py --init out/pretrain.pt --ops edge    without mid-training, on the edge that evaluate.py measured
     python grpo.py --reward outcome                     only the answer counts; also process, mixed --alpha 0.2, strict
     python grpo.py --budget 5e6 --rl-share 0.2          20 % of a budget in training tokens; midtrain.py takes the rest
@@ -43,11 +44,13 @@ from verify import REWARDS, reward, verify
 
 # Settings that suit a model; each can be set on the command line.
 PRESETS = {
-    "tiny": dict(id_share=0.2, steps=150, prompts=64, rollouts=8, updates=2, lr=2e-4, kl=0.0, warmup=5, weight_decay=0.0, clip=1.0, max_new=192,
-                 micro_tokens=2048, rows=512, eval_every=25, eval_problems=64, save_every=25),
+    # without problems from the range of pre-training a small model soon forgets it; without KL it needs no reference, and
+    # groups without a gradient cost nothing
+    "tiny": dict(id_share=0.2, steps=150, prompts=64, rollouts=8, updates=2, lr=2e-4, kl=0.0, warmup=5, weight_decay=0.0,
+                 clip=1.0, max_new=192, micro_tokens=2048, rows=512, eval_every=25, eval_problems=64, save_every=25),
     # arXiv 2512.07783: 200 steps of 1024 prompts, 6 rollouts each, 4 updates
-    "100m": dict(id_share=0.0, steps=200, prompts=1024, rollouts=6, updates=4, lr=1e-6, kl=1e-3, warmup=0, weight_decay=0.1, clip=1.0, max_new=1024,
-                 micro_tokens=65536, rows=6144, eval_every=20, eval_problems=256, save_every=20),
+    "100m": dict(id_share=0.0, steps=200, prompts=1024, rollouts=6, updates=4, lr=1e-6, kl=1e-3, warmup=0, weight_decay=0.1,
+                 clip=1.0, max_new=1024, micro_tokens=65536, rows=6144, eval_every=20, eval_problems=256, save_every=20),
 }
 SEED = 2_000_000   # added to --seed: problems of its own, not those of the stages before over again
 RL_COST = 5 / 3    # of a token of RL in training tokens: 2 for the rollout, 2 for the reference, 6 for the update, against 6
@@ -98,25 +101,28 @@ def misjudged(verdict):
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--init", default="out/midtrain.pt", help="checkpoint to start from, and the reference (default out/midtrain.pt)")
+    p.add_argument("--init", default="out/midtrain.pt", help="checkpoint to start from; the reference (default out/midtrain.pt)")
     p.add_argument("--preset", choices=PRESETS, help="settings (default: the preset that --init was trained with)")
     p.add_argument("--out", default="out/grpo.pt", help="checkpoint to write (default out/grpo.pt)")
     p.add_argument("--resume", action="store_true", help="continue from --out; the result is that of one long run")
     p.add_argument("--seed", type=int, default=0, help="of the problem stream and of the sampling (default 0)")
     g = p.add_argument_group("problems")
-    g.add_argument("--ops", help='op range (default: OOD-edge, up to 1.4 times the largest op of pre-training), or "edge": the range that evaluate.py named')
+    g.add_argument("--ops", help='op range (default: OOD-edge, up to 1.4 times the largest op of pre-training), or "edge": the '
+                   "range that evaluate.py named")
     g.add_argument("--eval-json", default="out/eval.json", help="where --ops edge finds it (default out/eval.json)")
-    g.add_argument("--id-share", type=float, help="share of problems from the range of pre-training (default from the preset)")
-    g.add_argument("--mix", help='instead of these two a mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20:0.5,school:2-20:0.5"')
+    g.add_argument("--id-share", type=float, help="share from the range of pre-training (default from the preset)")
+    g.add_argument("--mix", help='instead of these two a mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20,school:2-20"')
     g.add_argument("--distractors", type=float, default=2.0, help="mean number of unneeded sentences (default 2)")
-    g.add_argument("--curriculum", action="store_true", help="draw each op by the share of its groups that had both right and "
-                   "wrong solutions lately; without --ops, from all ops up to OOD-hard")
+    g.add_argument("--curriculum", action="store_true", help="draw each op by the share of its groups that had a gradient "
+                   "lately; without --ops, from all ops up to OOD-hard")
     g = p.add_argument_group("reward and loss")
-    g.add_argument("--reward", choices=REWARDS, default="strict", help="outcome: the answer; process: share of right steps; mixed: "
-                   "alpha * outcome + (1 - alpha) * process; strict: answer and whole process (default)")
+    g.add_argument("--reward", choices=REWARDS, default="strict", help="outcome: the answer; process: share of right "
+                   "steps; mixed: alpha * outcome + (1 - alpha) * process; strict: answer and whole process (default)")
     g.add_argument("--alpha", type=float, default=0.2, help="of --reward mixed (default 0.2)")
-    g.add_argument("--reward-noise", type=float, default=0.0, metavar="P", help="with this probability the process is misjudged (default 0)")
-    g.add_argument("--advantage", choices=["std", "mean"], default="std", help="divide by the group's standard deviation, or not (default std)")
+    g.add_argument("--reward-noise", type=float, default=0.0, metavar="P",
+                   help="with this probability the process is misjudged (default 0)")
+    g.add_argument("--advantage", choices=["std", "mean"], default="std",
+                   help="divide by the group's standard deviation, or not (default std)")
     g.add_argument("--clip-ratio", type=float, default=0.2, help="eps (default 0.2)")
     g.add_argument("--kl", type=float, help="beta (default from the preset: 100m 0.001, tiny 0, which saves the reference)")
     g.add_argument("--temperature", type=float, default=1.0, help="of sampling, and so of every probability (default 1)")
@@ -154,29 +160,41 @@ def arguments():
         source = args.out if args.resume and os.path.exists(args.out) else args.init
         args.start = load_checkpoint(source)
         args.model, args.id_ops = build_model(args.start, source), args.start.get("id_ops")
+        if not (isinstance(args.id_ops, list) and len(args.id_ops) == 2):
+            raise KeyError("id_ops")
         groups = data.op_groups(args.id_ops)
         args.preset = args.preset or args.start["recipe"]["preset"]
-        for name, value in PRESETS[args.preset].items():
-            if getattr(args, name) is None:
+        settings = PRESETS[args.preset]
+        for name, value in settings.items():
+            if getattr(args, name) is None and name != "id_share":
                 setattr(args, name, value)
         if args.ops == "edge":
-            args.ops = measured_edge(args.eval_json, args.init) if source == args.init else args.start["recipe"]["edge"]
-            args.edge = args.ops  # a resumed run keeps it, whatever was evaluated since
+            if source == args.init:
+                args.ops = measured_edge(args.eval_json, args.init)
+            elif "edge" not in args.start["recipe"]:
+                raise ValueError(f"{args.out} was not made with --ops edge: resume with the same arguments")
+            else:  # a resumed run keeps it, whatever was evaluated since
+                args.ops = args.start["recipe"]["edge"]
+            args.edge = args.ops
         if args.mix is None:
+            args.id_share = settings["id_share"] if args.id_share is None else args.id_share
             if not 0 <= args.id_share <= 1:
                 raise ValueError(f"--id-share must be from 0 to 1, got {args.id_share}")
             if args.curriculum:
-                args.mix = args.ops or "{}-{}".format(args.id_ops[0], groups["OOD-hard"][1])
-            else:
-                edge = args.ops or "{}-{}".format(*groups["OOD-edge"])
-                data.parse_ops(edge)
-                args.mix = "all:{}-{}:{:g},all:{}:{:g}".format(*args.id_ops, args.id_share, edge, 1 - args.id_share)
-        elif args.ops is not None:
-            raise ValueError("give --ops or --mix, not both")
+                args.ops = args.ops or "{}-{}".format(args.id_ops[0], groups["OOD-hard"][1])
+            elif args.ops is None and args.id_ops[1] >= data.MAX_OP:
+                raise ValueError(f"{source} was trained up to op {data.MAX_OP}, the last: name the range with --ops or --mix")
+            args.ops = args.ops or "{}-{}".format(*groups["OOD-edge"])
+            data.parse_ops(args.ops)
+            args.mix = args.ops if args.curriculum else \
+                "all:{}-{}:{:g},all:{}:{:g}".format(*args.id_ops, args.id_share, args.ops, 1 - args.id_share)
+        elif args.ops is not None or args.id_share is not None:
+            raise ValueError("give --ops (and --id-share) or --mix, not both")
         args.mixture = data.parse_mixture(args.mix)
         args.law = data.distractor_law(args.distractors)
         torch.empty(0, device=args.device)
-        for name in "steps prompts rollouts updates max_new micro_tokens rows log_every eval_every eval_problems save_every".split():
+        for name in ("steps prompts rollouts updates max_new micro_tokens rows log_every eval_every eval_problems "
+                     "save_every").split():
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
         for name in "seed lr warmup weight_decay kl".split():
@@ -190,10 +208,11 @@ def arguments():
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}")
         if args.rollouts < 2:
             raise ValueError("--rollouts must be at least 2: a solution is judged against the others of its group")
-        if args.updates > args.prompts:
-            raise ValueError(f"{args.prompts} prompts are too few for {args.updates} updates")
-        if args.prompts % int(os.environ.get("WORLD_SIZE", 1)):
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if args.prompts % world:
             raise ValueError("--prompts must be a multiple of the number of ranks")
+        if args.updates > args.prompts // world:
+            raise ValueError(f"{args.prompts // world} prompts (a rank) are too few for {args.updates} updates")
         if args.budget is not None and not (0 < args.budget < 1e15 and 0 < args.rl_share <= 1):
             raise ValueError("--budget is above 0 and --rl-share above 0, up to 1, where there is RL")
         if os.path.isdir(args.out) or args.out.endswith(("/", ".jsonl")):
@@ -216,7 +235,8 @@ def measured_edge(path, checkpoint):
         with open(path, encoding="utf-8") as f:
             edge = json.load(f)["checkpoints"][checkpoint]["edge"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"--ops edge needs an evaluation of {checkpoint} in {path}: run python evaluate.py {checkpoint}") from None
+        raise ValueError(f"--ops edge needs an evaluation of {checkpoint} in {path}: "
+                         f"run python evaluate.py {checkpoint}") from None
     if edge is None:
         raise ValueError(f"{path} names no edge for {checkpoint}: no op has low pass@1 and some pass@k; give --ops")
     return f"{edge[0]}-{edge[1]}"
@@ -255,9 +275,8 @@ def main():
     learnable = {op: 1.0 for op in ops}  # --curriculum: share of an op's groups that had a gradient lately
 
     # what the result depends on: a resumed run must have the same
-    recipe = {k: v for k, v in vars(args).items() if k not in
-              "start model resume out ops eval_json id_share mixture law device log_every eval_every eval_problems save_every".split()}
-    recipe |= {"world": world}
+    recipe = {k: v for k, v in vars(args).items() if k not in ("start model resume out ops eval_json id_share mixture law device "
+              "log_every eval_every eval_problems save_every").split()} | {"world": world}
     start, tokens_seen, seconds, val = 0, 0, 0.0, None
     metrics = os.path.splitext(args.out)[0] + ".jsonl"
     if args.resume and os.path.exists(args.out):
@@ -295,7 +314,8 @@ def main():
 
     def mine(first, count, mixture, split):
         """This rank's part of problems first ... first + count - 1."""
-        return [data.make_row(i, mixture, SEED + args.seed, split, args.law) for i in range(first + rank, first + count, world)]
+        return [data.make_row(i, mixture, SEED + args.seed, split, args.law)
+                for i in range(first + rank, first + count, world)]
 
     def gathered(objects):
         """The lists of all ranks, joined."""
@@ -320,6 +340,22 @@ def main():
                                                   for j, ids in enumerate(tokens)])))
         return right
 
+    @torch.no_grad()
+    def gold_loss():
+        """Cross-entropy of the held-out gold solutions, nats a token: a broken model must not replace a good checkpoint."""
+        losses = []
+        if eval_rows["ID"]:  # a rank may have none
+            x, y = data.pad([data.encode_row(enc, row) for row in eval_rows["ID"][:16]], loss="solution")
+            with precision:
+                losses = [float(model.loss(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), "mean"))]
+        return float(np.mean(gathered(losses)))
+
+    def give_up(step, why):
+        bar.close()
+        say(f"stopped at step {step}: {why}; try a smaller --lr. {args.out} holds the last good checkpoint, if one was "
+            "written.")
+        sys.exit(1)
+
     def shares(values):
         return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
 
@@ -329,8 +365,8 @@ def main():
                     held_out=val, optimizer=optimizer.state_dict(), reference=reference.state_dict(),
                     learnable=[learnable[op] for op in ops])
 
-    say(f"{args.init}: {model.n_params() / 1e6:.2f}M parameters; mixture {args.mix}{', curriculum' if args.curriculum else ''}; "
-        + (f"{args.steps} steps" if args.budget is None else f"{allowance:.3g} tokens of RL") +
+    say(f"{args.init}: {model.n_params() / 1e6:.2f}M parameters; mixture {args.mix}"
+        + (", curriculum; " if args.curriculum else "; ") + (f"{args.steps} steps" if args.budget is None else f"{allowance:.3g} tokens of RL") +
         f" of {args.prompts} prompts x {args.rollouts} rollouts, {args.updates} updates each; reward {args.reward}; learning "
         f"rate {args.lr:g}; {args.dtype} on {device}" + (f", {world} ranks" if world > 1 else "") +
         f", {torch.get_num_threads()} threads")
@@ -369,7 +405,8 @@ def main():
         # rewards r_i and advantages A_i
         verdicts = [verify(rows[j // args.rollouts]["solution"], data.decode(enc, ids)) for j, ids in enumerate(tokens)]
         noise = np.random.default_rng((args.seed, step, rank)).random(len(verdicts)) < args.reward_noise
-        rewards = torch.tensor([reward(misjudged(v) if wrong else v, args.reward, args.alpha) for v, wrong in zip(verdicts, noise)])
+        rewards = torch.tensor([reward(misjudged(v) if wrong else v, args.reward, args.alpha)
+                                for v, wrong in zip(verdicts, noise)])
         advantages = group_advantages(rewards.view(-1, args.rollouts), args.advantage).flatten()
         rollouts = [(prompts[j // args.rollouts] + ids, len(prompts[j // args.rollouts]), old_logprobs[j], advantages[j])
                     for j, ids in enumerate(tokens)]
@@ -380,8 +417,8 @@ def main():
         lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        sums = {name: torch.zeros((), device=device) for name in ("loss", "kl", "approx_kl", "clipped", "entropy", "mismatch",
-                                                                  "first", "tokens")}
+        sums = {name: torch.zeros((), device=device)
+                for name in ("loss", "kl", "approx_kl", "clipped", "entropy", "mismatch", "first", "tokens")}
         for update in range(args.updates):
             first, last = (u * len(rows) // args.updates * args.rollouts for u in (update, update + 1))
             part = rollouts[first:last]
@@ -421,10 +458,7 @@ def main():
                 p.grad = g
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             if not torch.isfinite(grad_norm):
-                bar.close()
-                say(f"stopped at step {step + 1}: the gradient is not finite; try a smaller --lr. {args.out} holds the last good "
-                    "checkpoint, if one was written.")
-                sys.exit(1)
+                give_up(step + 1, "the gradient is not finite")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if world > 1:
@@ -445,7 +479,8 @@ def main():
         for j in range(0, len(records), args.rollouts):
             group = [r["reward"] for r in records[j:j + args.rollouts]]
             right = [r > 1 - 1e-6 for r in group]
-            g = groups.setdefault(records[j]["op"], dict(groups=0, all_wrong=0, mixed=0, all_right=0, gradient=0, reward=0.0))
+            g = groups.setdefault(records[j]["op"],
+                                  dict(groups=0, all_wrong=0, mixed=0, all_right=0, gradient=0, reward=0.0))
             g["groups"] += 1
             g["all_wrong" if not any(right) else "all_right" if all(right) else "mixed"] += 1
             g["gradient"] += max(group) > min(group)
@@ -459,7 +494,10 @@ def main():
             dist.all_reduce(flag)
             stop = bool(flag)
         end = finished(step)
-        if step % args.eval_every == 0 or end:
+        report, save = step % args.eval_every == 0 or end, step % args.save_every == 0 or end or stop
+        if (report or save) and not gold_loss() < 2 * math.log(model.config.vocab_size):  # twice the loss of guessing
+            give_up(step, "the model finds held-out solutions far less likely than by guessing")
+        if report:
             val = held_out()
         if master and (step % args.log_every == 0 or end):
             def mean(name):
@@ -469,7 +507,8 @@ def main():
                 step=step, loss=float(sums["loss"]), reward=mean("reward"), outcome=mean("outcome"), process=mean("process"),
                 verified=mean("verified"), strict=mean("strict"),
                 hacked=sum(r["outcome"] and not r["verified"] for r in records) / len(records),
-                groups={str(op): {k: v / g["groups"] if k != "groups" else v for k, v in g.items()} for op, g in sorted(groups.items())},
+                groups={str(op): {k: v / g["groups"] if k != "groups" else v for k, v in g.items()}
+                        for op, g in sorted(groups.items())},
                 kl=float(sums["kl"]) / n, approx_kl=float(sums["approx_kl"]) / n, clip_frac=float(sums["clipped"]) / n,
                 entropy=float(sums["entropy"]) / n, mismatch=float(sums["mismatch"]) / (float(sums["first"]) or 1.0),
                 grad_norm=float(grad_norm), lr=lr, length=mean("length"), truncated=mean("cut"), held_out=val,
@@ -480,7 +519,7 @@ def main():
             with open(metrics, "a") as f:
                 f.write(json.dumps(row) + "\n")
             bar.set_postfix_str(f"reward {row['reward']:.3f}, verified {row['verified']:.3f}, held out {shares(val)}")
-        if master and (step % args.save_every == 0 or end or stop):
+        if master and save:
             save_checkpoint(args.out, checkpoint(step))
         bar.update(1 if args.budget is None else sum(r["read"] for r in records))
         if step == start + 1 and not end:

@@ -50,15 +50,16 @@ def arguments():
     p.add_argument("--seed", type=int, default=0, help="of the problem stream (default 0)")
     g = p.add_argument_group("data")
     g.add_argument("--ops", help="op range to learn (default: OOD-edge, up to 1.4 times the largest op of pre-training)")
-    g.add_argument("--id-share", type=float, default=0.2, help="share of problems from the range of pre-training (default 0.2)")
-    g.add_argument("--mix", help='instead of these two a mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20:0.99,school:2:0.01"')
+    g.add_argument("--id-share", type=float, help="share from the range of pre-training (default 0.2)")
+    g.add_argument("--mix", help='instead of these two a mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20,school:2-20"')
     g.add_argument("--distractors", type=float, default=2.0, help="mean number of unneeded sentences (default 2)")
     g.add_argument("--loss", choices=["all", "solution"], help="tokens with a loss: all, or what follows the prompt")
     g.add_argument("--workers", type=int, help="processes that make problems; 0: made in between")
     g = p.add_argument_group("compute")
     g.add_argument("--steps", type=int, help="optimizer steps (default from the preset)")
     g.add_argument("--budget", type=float, metavar="T", help="tokens of mid-training and RL together, instead of --steps")
-    g.add_argument("--rl-share", type=float, metavar="B", help="share of the budget left to grpo.py: (1 - B) T tokens are taken here")
+    g.add_argument("--rl-share", type=float, metavar="B",
+                   help="share of the budget left to grpo.py: (1 - B) T tokens are taken here")
     g = p.add_argument_group("optimization (defaults from the preset)")
     g.add_argument("--batch", type=int, help="problems per step, over all ranks")
     g.add_argument("--lr", type=float, help="peak learning rate")
@@ -90,19 +91,24 @@ def arguments():
         source = args.out if args.resume and os.path.exists(args.out) else args.init
         args.start = load_checkpoint(source)
         args.model, args.id_ops = build_model(args.start, source), args.start.get("id_ops")
+        if not (isinstance(args.id_ops, list) and len(args.id_ops) == 2):
+            raise KeyError("id_ops")
         groups = data.op_groups(args.id_ops)
         args.preset = args.preset or args.start["recipe"]["preset"]
         for name, value in PRESETS[args.preset].items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
         if args.mix is None:
+            args.id_share = 0.2 if args.id_share is None else args.id_share
             if not 0 <= args.id_share <= 1:
                 raise ValueError(f"--id-share must be from 0 to 1, got {args.id_share}")
+            if args.ops is None and args.id_ops[1] >= data.MAX_OP:
+                raise ValueError(f"{source} was trained up to op {data.MAX_OP}, the last: name the range with --ops or --mix")
             edge = args.ops or "{}-{}".format(*groups["OOD-edge"])
             data.parse_ops(edge)
             args.mix = "all:{}-{}:{:g},all:{}:{:g}".format(*args.id_ops, args.id_share, edge, 1 - args.id_share)
-        elif args.ops is not None:
-            raise ValueError("give --ops or --mix, not both")
+        elif args.ops is not None or args.id_share is not None:
+            raise ValueError("give --ops (and --id-share) or --mix, not both")
         args.mixture = data.parse_mixture(args.mix)
         law = data.distractor_law(args.distractors)
         torch.empty(0, device=args.device)
@@ -172,9 +178,8 @@ def main():
                                            adjust_lr_fn="match_rms_adamw"))
 
     # what the result depends on: a resumed run must have the same
-    recipe = {k: v for k, v in vars(args).items() if k not in
-              "start model resume out ops id_share mixture device log_every eval_every save_every show workers compile".split()}
-    recipe |= {"world": world}
+    recipe = {k: v for k, v in vars(args).items() if k not in ("start model resume out ops id_share mixture device log_every "
+              "eval_every save_every show workers compile").split()} | {"world": world}
     start, tokens_seen, seconds, val_loss = 0, 0, 0.0, None
     metrics = os.path.splitext(args.out)[0] + ".jsonl"
     if args.resume and os.path.exists(args.out):
@@ -253,7 +258,8 @@ def main():
 
     def checkpoint(step):
         return dict(stage="midtrain", config=asdict(config), model=model.state_dict(), step=step, tokens=tokens_seen,
-                    problems=step * args.batch, seconds=seconds + time.time() - began, recipe=recipe, id_ops=args.id_ops, val_loss=val_loss,
+                    problems=step * args.batch, seconds=seconds + time.time() - began, recipe=recipe, id_ops=args.id_ops,
+                    val_loss=val_loss,
                     optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state())
 
     # ------------------------------------------------------------------------------------------------------------------

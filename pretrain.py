@@ -233,7 +233,8 @@ def main():
 
     def checkpoint(step):
         return dict(stage="pretrain", config=asdict(config), model=model.state_dict(), step=step, tokens=tokens_seen,
-                    problems=step * args.batch, seconds=seconds + time.time() - began, recipe=recipe, id_ops=id_ops, val_loss=val_loss,
+                    problems=step * args.batch, seconds=seconds + time.time() - began, recipe=recipe, id_ops=id_ops,
+                    val_loss=val_loss,
                     optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state())
 
     # ------------------------------------------------------------------------------------------------------------------

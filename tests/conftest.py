@@ -1,13 +1,31 @@
-"""Puts the project root on the import path, and reads the rows of the public generator where they are at hand."""
+"""
+Puts the project root on the import path, reads the rows of the public generator where they are at hand, and starts scripts.
+
+`run` starts a script as `python SCRIPT ARGUMENTS` does: a process of its own, with its own working directory, streams and
+exit status. It is forked from a server that has imported torch already, which saves two seconds a run.
+"""
+import importlib
+import inspect
 import json
+import multiprocessing
+import os
+import pickle
+import runpy
+import socket
+import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLD = ROOT.parent / "shared" / "gold" / "forward.jsonl"
 sys.path.insert(0, str(ROOT))
+TINY = "--preset tiny --device cpu --n-layers 1 --width 32 --n-heads 2 --n-kv-heads 1 --mlp 64 --batch 8 --show 0".split()
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["pytest", "tiktoken", "torch", "torch._dynamo", "torch.distributed", "tqdm"])
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +35,184 @@ def gold():
         pytest.skip(f"the public rows are not here: no {GOLD.name} in {GOLD.parent.name}/ beside the project")
     with open(GOLD, encoding="utf-8") as f:
         return [json.loads(line) for line in f]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# scripts in processes of their own
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+    calls: list = ()  # of each rank, what `record` asked for: {name: [(arguments, result)]}
+
+
+def run(cwd, script, *arguments, send=None, kill_after=None, ranks=1, record=()):
+    """Run a script to its end.
+
+    send: (signal, n), which it gets when it is about to put its n-th checkpoint in place. kill_after: seconds until it is
+    killed. ranks: how many processes, with the variables that torchrun sets; the result is that of rank 0, which `send`
+    goes to. record: functions of our modules, as "module.function", whose calls to note.
+    """
+    port, processes, arguments = free_port(), [], [str(a) for a in arguments]
+    for rank in range(ranks):
+        env = {}
+        if ranks > 1:
+            env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        process = SERVER.Process(target=_in_child, args=(cwd, ROOT / script, arguments, rank, env, record,
+                                                         send if rank == 0 else None))
+        process.start()
+        processes.append(process)
+    if kill_after is not None:
+        processes[0].join(kill_after)
+        processes[0].kill()
+    for process in processes:
+        process.join(600)
+        if processes[0].exitcode is not None and processes[0].exitcode < 0:  # killed: torchrun would end the others too
+            for other in processes:
+                other.kill()
+            process.join()
+        if process.is_alive():
+            for other in processes:
+                other.kill()
+            pytest.fail(f"{script} {arguments} hangs")
+    texts, calls = [], []
+    for rank in range(ranks):
+        for name in ("stdout", "stderr"):
+            path = cwd / f".{name}{rank}"
+            texts.append(path.read_text("utf-8", errors="replace") if path.exists() else "")
+            path.unlink(missing_ok=True)
+        path = cwd / f".calls{rank}"
+        if path.exists():
+            calls.append(pickle.loads(path.read_bytes()))
+            path.unlink()
+    return Result(processes[0].exitcode, texts[0], texts[1], calls)
+
+
+def _in_child(cwd, script, arguments, rank, env, record, send):
+    os.chdir(cwd)
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f".{name}{rank}", os.O_WRONLY | os.O_CREAT), fd)
+    os.environ.update({name: str(value) for name, value in env.items()})
+    replace, saves = os.replace, []
+
+    def replace_after_signal(*args):
+        saves.append(args)
+        if len(saves) == send[1]:
+            os.kill(os.getpid(), send[0])
+        replace(*args)
+
+    if send:
+        os.replace = replace_after_signal
+    calls = {name: [] for name in record}
+    for name in record:
+        _note_calls(*name.split("."), calls[name])
+    multiprocessing.set_start_method(None, force=True)  # of processes that the script starts: Python's default again
+    torch.set_num_threads(1)
+    sys.argv = [str(script), *arguments]
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        if record:
+            Path(f".calls{rank}").write_bytes(pickle.dumps(calls))
+
+
+def _note_calls(module, name, calls):
+    """Replace a function of a module by one that also puts its arguments, as they were before, and its result in a list."""
+    module = importlib.import_module(module)
+    function = getattr(module, name)
+
+    def noting(*args, **kwargs):
+        bound = inspect.signature(function).bind(*args, **kwargs)
+        bound.apply_defaults()
+        before = pickle.dumps({k: v.get_state() if isinstance(v, torch.Generator) else v
+                               for k, v in bound.arguments.items() if not callable(v) or isinstance(v, torch.nn.Module)})
+        result = function(*args, **kwargs)
+        calls.append((pickle.loads(before), result))
+        return result
+
+    setattr(module, name, noting)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_ranks(cwd, script, *arguments):
+    """torchrun with two processes. Without "--" it may take the --n of the script for an option of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "--",
+               ROOT / script]
+    done = subprocess.run([*command, *arguments], cwd=cwd, capture_output=True, text=True, timeout=600,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def assert_refused(result, *words):
+    """Exit status 2 and a last line that says what is wrong, with these words in it."""
+    assert result.code == 2, result
+    assert "Traceback" not in result.err + result.out
+    last = result.err.strip().splitlines()[-1]
+    assert all(word in last for word in words), last
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what they write
+
+
+def metrics(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(a, b):
+    """Nested dicts and lists with tensors, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def is_finite(checkpoint):
+    return all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("echo ran > marker",)
+
+
+def checkpoint_without(key):
+    def content(whole):
+        checkpoint = torch.load(whole, weights_only=True)
+        del checkpoint[key]
+        return checkpoint
+    return content
+
+
+def checkpoint_with(**changes):
+    return lambda whole: {**torch.load(whole, weights_only=True), **changes}
+
+
+# what may lie where a checkpoint should: no stage can read any of it
+BROKEN = {
+    "cut off": lambda whole: whole.read_bytes()[:-1000],
+    "empty": lambda whole: b"",
+    "text": lambda whole: b"hello\n",
+    "foreign pickle": lambda whole: pickle.dumps({"model": [1, 2, 3]}),
+    "code": lambda whole: pickle.dumps(Payload()),
+    "another project's": lambda whole: {"epoch": 3, "state_dict": {"w": torch.zeros(3)}},
+    "without weights": checkpoint_with(model={}),
+}
+
+
+def put(content, path):
+    """Write the bytes, or save the checkpoint, that a function like those of BROKEN made."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)

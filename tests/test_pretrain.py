@@ -1,117 +1,22 @@
-"""
-What pretrain.py promises to somebody who runs it: files, losses, resuming, ranks, and one line for bad input.
-
-`run` starts a script as `python SCRIPT ARGUMENTS` does: a process of its own, with its own working directory, streams and
-exit status. It is forked from a server that has imported torch already, which saves two seconds a run.
-"""
-import json
+"""What pretrain.py promises to somebody who runs it: files, losses, resuming, ranks, and one line for bad input."""
 import math
-import multiprocessing
 import os
-import pickle
-import runpy
 import signal
-import socket
 import subprocess
 import sys
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
 import data
-from model import build_model, load_checkpoint, save_checkpoint
-
-ROOT = Path(data.__file__).resolve().parent
-TINY = "--preset tiny --device cpu --n-layers 1 --width 32 --n-heads 2 --n-kv-heads 1 --mlp 64 --batch 8 --show 0".split()
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["pytest", "tiktoken", "torch", "torch._dynamo", "torch.distributed", "tqdm"])
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def run(cwd, script, *arguments, send=None):
-    """Run a script to its end. send: (signal, n), which it gets when it is about to put its n-th checkpoint in place."""
-    streams = cwd / ".stdout", cwd / ".stderr"
-    process = SERVER.Process(target=_in_child, args=(cwd, ROOT / script, [str(a) for a in arguments], streams, send))
-    process.start()
-    process.join(600)
-    if process.is_alive():
-        process.kill()
-        pytest.fail(f"{script} {arguments} hangs")
-    result = Result(process.exitcode, *(path.read_text("utf-8", errors="replace") for path in streams))
-    for path in streams:
-        path.unlink()
-    return result
-
-
-def _in_child(cwd, script, arguments, streams, send):
-    os.chdir(cwd)
-    for fd, path in zip((1, 2), streams):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), fd)
-    replace, saves = os.replace, []
-
-    def replace_after_signal(*args):
-        saves.append(args)
-        if len(saves) == send[1]:
-            os.kill(os.getpid(), send[0])
-        replace(*args)
-
-    if send:
-        os.replace = replace_after_signal
-    multiprocessing.set_start_method(None, force=True)  # of processes that the script starts: Python's default again
-    torch.set_num_threads(1)
-    sys.argv = [str(script), *arguments]
-    runpy.run_path(str(script), run_name="__main__")
-
-
-def run_ranks(cwd, script, *arguments):
-    """torchrun with two processes. Without "--" it may take the --n of the script for an option of its own."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", "--",
-               ROOT / script]
-    done = subprocess.run([*command, *arguments], cwd=cwd, capture_output=True, text=True, timeout=600,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
-def assert_refused(result, *words):
-    """Exit status 2 and a last line that says what is wrong, with these words in it."""
-    assert result.code == 2, result
-    assert "Traceback" not in result.err + result.out
-    last = result.err.strip().splitlines()[-1]
-    assert all(word in last for word in words), last
+from conftest import (BROKEN, ROOT, TINY, assert_refused, checkpoint_with, checkpoint_without, is_finite, metrics, put, run,
+                      run_ranks, same)
+from model import build_model, load_checkpoint
 
 
 def pretrain(cwd, *arguments, **more):
     return run(cwd, "pretrain.py", *TINY, *arguments, **more)
-
-
-def metrics(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def same(a, b):
-    """Nested dicts and lists with tensors, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def is_finite(checkpoint):
-    return all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -135,7 +40,7 @@ def test_a_command_as_typed_writes_the_default_files(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "pretrain.py", *TINY[:-1], "1", "--steps", "7", "--log-every", "2"],
                           cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "0.02M parameters" in done.stdout and "expected time" in done.stdout
+    assert "0.03M parameters" in done.stdout and "expected time" in done.stdout
     assert "held-out problem" in done.stdout and "--- gold\nDefine" in done.stdout
     assert sorted(os.listdir(tmp_path / "out")) == ["pretrain.jsonl", "pretrain.pt"]
     rows = metrics(tmp_path / "out/pretrain.jsonl")
@@ -338,42 +243,19 @@ def test_resuming_with_other_arguments_is_refused(whole, tmp_path):
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
 
 
-class Payload:
-    def __reduce__(self):
-        return os.system, ("echo ran > marker",)
-
-
-def checkpoint_without(key):
-    def content(whole):
-        checkpoint = load_checkpoint(whole)
-        del checkpoint[key]
-        return checkpoint
-    return content
-
-
-BROKEN = {
-    "cut off": lambda whole: whole.read_bytes()[:-1000],
-    "empty": lambda whole: b"",
-    "text": lambda whole: b"hello\n",
-    "foreign pickle": lambda whole: pickle.dumps({"model": [1, 2, 3]}),
-    "code": lambda whole: pickle.dumps(Payload()),
-    "another project's": lambda whole: {"epoch": 3, "state_dict": {"w": torch.zeros(3)}},
-    "another stage": lambda whole: {**load_checkpoint(whole), "stage": "grpo"},
-    "without weights": lambda whole: {**load_checkpoint(whole), "model": {}},
+BROKEN_HERE = BROKEN | {
+    "another stage": checkpoint_with(stage="grpo"),
     "without optimizers": checkpoint_without("optimizers"),
     "without recipe": checkpoint_without("recipe"),
-    "wrong optimizers": lambda whole: {**load_checkpoint(whole), "optimizers": [1, 2]},
-    "wrong rng": lambda whole: {**load_checkpoint(whole), "rng": "x"},
+    "wrong optimizers": checkpoint_with(optimizers=[1, 2]),
+    "wrong rng": checkpoint_with(rng="x"),
 }
 
 
-@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("kind", BROKEN_HERE)
 def test_resuming_a_broken_checkpoint_is_refused(whole, tmp_path, kind):
-    content, path = BROKEN[kind](whole / "a.pt"), tmp_path / "a.pt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        save_checkpoint(path, content)
+    path = tmp_path / "a.pt"
+    put(BROKEN_HERE[kind](whole / "a.pt"), path)
     before = path.read_bytes()
     assert_refused(pretrain(tmp_path, *TWELVE, "--resume"), "a.pt")
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pt"]
