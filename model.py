@@ -54,7 +54,7 @@ class RMSNorm(nn.Module):
 
 class RMSNormCPU(torch.autograd.Function):
     """F.rms_norm with its gradient written out, and one rounding under autocast: on a CPU, torch runs it and its backward pass
-    as a chain of small operations. Whole training steps are 1.05 to 1.1 times as fast (two cores, `tests/bench.py norm`)."""
+    as a chain of small operations. Whole training steps are 1.02 to 1.06 times as fast (two cores, `tests/bench.py norm`)."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
