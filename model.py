@@ -10,7 +10,7 @@ Letters in shape comments: B rows, T tokens, C width, H heads, G key-value heads
 """
 import argparse
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
