@@ -599,6 +599,19 @@ def tokenizer():
                              special_tokens={t: n + i for i, t in enumerate(TAGS + [END])})
 
 
+def name_parts(enc):
+    """{id of a name: ids of its parts}: of "KIND in PLACE" and of "TOTAL in PLACE" those that "How many KIND does PLACE have?"
+    is made of, so KIND and PLACE, or PLACE alone. As one token, a name does not show that it has parts."""
+    parts = {}
+    for c in CONTEXTS.values():
+        for place in c["places"]:
+            where = enc.encode_single_token(f" does {place} have?")
+            for kind in c["kinds"]:
+                parts[enc.encode_single_token(f" {kind} in {place}")] = [enc.encode_single_token(f" {kind}"), where]
+            parts[enc.encode_single_token(f" {c['total']} in {place}")] = [where]
+    return parts
+
+
 VOCAB_SIZE = 640  # the tokenizer's 637, rounded up to a multiple of 64 so that matrix kernels run at full speed
 
 
@@ -640,7 +653,8 @@ class TrainingSteps:
     Step s trains on problems s * batch_size ... (s + 1) * batch_size - 1; rank r of `world` ranks takes every world-th
     of them. One problem is one row: padding on the right needs no mask under causal attention, and no row sees another.
     Rows are sorted by length and cut into micro-batches of at most `micro_tokens` tokens, padding included (one row may
-    be longer). Their shapes are multiples of (4, 16): libraries prepare a kernel for each new shape and keep it.
+    be longer). Their shapes are multiples of (4, 16): libraries prepare a kernel for each new shape and keep it. With
+    fixed=True, for torch.compile, they are one of few, (micro_tokens // T, T) for T in LENGTHS.
 
     A micro-batch is (x, y), int64 arrays (rows, T): y[b, t] is the token after x[b, t], or IGNORE where there is no
     loss: on padding and, with loss="solution", on the prompt.
@@ -648,15 +662,17 @@ class TrainingSteps:
     """
 
     def __init__(self, mixture, batch_size, seed=0, split="train", loss="all", distractors=2.0, micro_tokens=8192,
-                 rank=0, world=1):
+                 rank=0, world=1, fixed=False):
         self.mixture, self.batch_size, self.seed, self.split = mixture, batch_size, seed, split
         self.loss, self.law, self.micro_tokens = loss, distractor_law(distractors), micro_tokens
-        self.rank, self.world, self.enc = rank, world, tokenizer()
+        self.rank, self.world, self.fixed, self.enc = rank, world, fixed, tokenizer()
 
     def __getitem__(self, step):
         first = step * self.batch_size
         rows = [encode_row(self.enc, make_row(i, self.mixture, self.seed, self.split, self.law))
                 for i in range(first + self.rank, first + self.batch_size, self.world)]
+        if self.fixed:
+            return [pad(batch, self.loss, shape) for batch, shape in cut_to_few_shapes(rows, self.micro_tokens)]
         return [pad(batch, self.loss) for batch in cut(rows, self.micro_tokens)]
 
 
@@ -673,13 +689,29 @@ def cut(rows, micro_tokens):
     return batches
 
 
+LENGTHS = 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 2048, 4096
+
+
+def cut_to_few_shapes(rows, micro_tokens):
+    """The same as [(list of rows, shape)]. The longest rows come first and shorter ones fill them up, so that only the
+    last batch, of the shortest, has rows to spare."""
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    batches = []
+    while rows:
+        T = next(T for T in LENGTHS if T >= len(rows[-1][0]) - 1)
+        n = max(1, micro_tokens // T)
+        batches.append((rows[-n:], (n, T)))
+        del rows[-n:]
+    return batches
+
+
 def padded(n_rows, T):
     return -(-n_rows // 4) * 4, -(-T // 16) * 16
 
 
-def pad(rows, loss="all"):
+def pad(rows, loss="all", shape=None):
     """[(ids, n_prompt, ...)] -> (x, y) as in `TrainingSteps`."""
-    shape = padded(len(rows), max(len(row[0]) for row in rows) - 1)
+    shape = shape or padded(len(rows), max(len(row[0]) for row in rows) - 1)
     x = np.zeros(shape, np.int64)
     y = np.full(shape, IGNORE, np.int64)
     for b, (ids, n_prompt, *_) in enumerate(rows):

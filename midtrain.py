@@ -27,15 +27,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from model import build_model, load_checkpoint, sample, save_checkpoint
+from model import build_model, load_checkpoint, peak_flops, sample, save_checkpoint
 
 # Settings that suit a model; each can be set on the command line.
 PRESETS = {
     "tiny": dict(steps=400, batch=64, lr=4e-3, min_lr=0.0, warmup=0.15, weight_decay=0.1, clip=1.0, optimizer="muon",
-                 loss="all", micro_tokens=1536, save_every=100, workers=0),
+                 momentum=0.8, loss="all", micro_tokens=1536, save_every=100, workers=0),
     # arXiv 2512.07783: up to 2.5B of its tokens at 512k tokens a step
     "100m": dict(steps=4900, batch=1152, lr=1e-4, min_lr=3e-5, warmup=0.15, weight_decay=0.1, clip=1.0, optimizer="adamw",
-                 loss="all", micro_tokens=65536, save_every=500, workers=4),
+                 momentum=0.95, loss="all", micro_tokens=32768, save_every=500, workers=4),
 }
 
 SEED = 1_000_000  # added to --seed: problems of its own, not those of pre-training over again
@@ -68,6 +68,7 @@ def arguments():
     g.add_argument("--weight-decay", type=float)
     g.add_argument("--clip", type=float, help="largest norm of the gradient")
     g.add_argument("--optimizer", choices=["adamw", "muon"], help="muon: for the matrices of the layers, adamw for the rest")
+    g.add_argument("--momentum", type=float, help="of muon")
     g.add_argument("--micro-tokens", type=int, help="tokens per forward pass; gradients add up over a step")
     g = p.add_argument_group("running")
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
@@ -115,11 +116,11 @@ def arguments():
         for name in "steps batch micro_tokens log_every eval_every save_every".split():
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-        for name in "seed lr min_lr warmup weight_decay workers show".split():
+        for name in "seed lr min_lr warmup weight_decay workers show momentum".split():
             if not 0 <= getattr(args, name) < 2 ** 62:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and not huge, got {getattr(args, name)}")
-        if args.warmup >= 1 or not args.clip > 0:
-            raise ValueError("--warmup is a share below 1; --clip is above 0")
+        if args.warmup >= 1 or args.momentum >= 1 or not args.clip > 0:
+            raise ValueError("--warmup and --momentum are below 1; --clip is above 0")
         if args.budget is not None:
             if not 0 < args.budget < 1e15 or not 0 <= args.rl_share < 1:
                 raise ValueError("--budget is above 0 and --rl-share at least 0 and below 1, where there is mid-training")
@@ -139,6 +140,12 @@ def arguments():
     except (ValueError, RuntimeError, OSError, AssertionError) as error:
         p.error(str(error).splitlines()[0])
     return p, args
+
+
+def tensors(micro_batches):
+    """Arrays of data.TrainingSteps -> tensors, and how many targets and tokens they have. Runs where the problems are made."""
+    counts = [sum(int((y != data.IGNORE).sum()) for _, y in micro_batches), sum(int((x != 0).sum()) for x, _ in micro_batches)]
+    return [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in micro_batches], torch.tensor(counts)
 
 
 def main():
@@ -174,7 +181,7 @@ def main():
     optimizers = [torch.optim.AdamW([dict(params=decay), dict(params=no_decay, weight_decay=0.0)], lr=args.lr,
                                     betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)]
     if args.optimizer == "muon":  # scaled so that one learning rate and weight decay suit both (arXiv 2502.16982)
-        optimizers.append(torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay,
+        optimizers.append(torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum,
                                            adjust_lr_fn="match_rms_adamw"))
 
     # what the result depends on: a resumed run must have the same
@@ -211,24 +218,24 @@ def main():
     # data: step s trains on problems s * batch ... (s + 1) * batch - 1 of the stream
     def stream(split, **more):
         return data.TrainingSteps(args.mixture, args.batch, SEED + args.seed, split, args.loss, args.distractors,
-                                  args.micro_tokens, **more)
+                                  args.micro_tokens, fixed=args.compile, **more)
 
     train = stream("train", rank=rank, world=world)
     loader = torch.utils.data.DataLoader(train, batch_size=None, sampler=range(start, args.steps),
-                                         num_workers=args.workers, collate_fn=list,
+                                         num_workers=args.workers, collate_fn=tensors, pin_memory=kind == "cuda",
                                          generator=torch.Generator())  # its own: it must not draw from the run's
-    held_out = list(itertools.chain(*(stream("eval")[s] for s in range(-(-256 // args.batch)))))
+    held_out = list(itertools.chain(*(tensors(stream("eval")[s])[0] for s in range(-(-256 // args.batch)))))
 
-    loss_of = torch.compile(model.loss, dynamic=True) if args.compile else model.loss
+    torch._dynamo.config.recompile_limit = 64  # a program for each shape, and there are few (data.LENGTHS)
+    loss_of = torch.compile(model.loss, dynamic=False) if args.compile else model.loss
 
     def to_device(batch):
-        return [torch.from_numpy(a).to(device, non_blocking=True) for a in batch]
+        return [a.to(device, non_blocking=True) for a in batch]
 
-    def accumulate(micro_batches):
+    def accumulate(micro_batches, counts):
         """Add up the gradient of the mean loss per target token over micro-batches and ranks; returns that loss, and
-        how many tokens the step read."""
-        count, n_tokens = counts = torch.tensor([sum((y != data.IGNORE).sum() for _, y in micro_batches),
-                                                 sum((x != 0).sum() for x, _ in micro_batches)], device=device)
+        how many tokens the step read. Nothing here waits for the device."""
+        count, n_tokens = counts = counts.to(device, non_blocking=True, copy=True)
         if world > 1:
             dist.all_reduce(counts)
         total = torch.zeros((), device=device)
@@ -257,7 +264,7 @@ def main():
         return total / count
 
     def checkpoint(step):
-        return dict(stage="midtrain", config=asdict(config), model=model.state_dict(), step=step, tokens=tokens_seen,
+        return dict(stage="midtrain", config=asdict(config), model=model.state_dict(), step=step, tokens=int(tokens_seen),
                     problems=step * args.batch, seconds=seconds + time.time() - began, recipe=recipe, id_ops=args.id_ops,
                     val_loss=val_loss,
                     optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state())
@@ -270,7 +277,7 @@ def main():
     if start < args.steps:
         for _ in range(2):  # the first pass warms up
             then = time.time()
-            float(accumulate(train[start])[0])
+            float(accumulate(*tensors(train[start]))[0])
             model.zero_grad(set_to_none=True)
         say(f"expected time: about {(time.time() - then) * (args.steps - start) * 1.15 / 60:.1f} minutes")
 
@@ -280,29 +287,36 @@ def main():
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda *_: interrupted.append(1))  # finish the step, then save
     began = logged = time.time()
-    logged_step, logged_tokens = start, tokens_seen
+    logged_step, logged_tokens, waited = start, tokens_seen, 0.0
+    tokens_seen = torch.tensor(tokens_seen, device=device)  # counted there: reading it would wait for the device
+    peak = world * (peak_flops(torch.cuda.get_device_name(device)) or 0) if kind == "cuda" else 0
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=None if master else True, smoothing=0.05)
-    for step, micro_batches in zip(range(start, args.steps), loader):
+    batches = iter(loader)
+    for step in range(start, args.steps):
+        then = time.time()
+        batch = next(batches)
+        waited += time.time() - then
         warmup = max(1, round(args.warmup * args.steps))
         progress = max(0, step - warmup) / max(1, args.steps - warmup)
         lr = args.lr * (step + 1) / warmup if step < warmup else \
             args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-        loss, n_tokens = accumulate(micro_batches)
+        loss, n_tokens = accumulate(*batch)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
         model.zero_grad(set_to_none=True)
-        tokens_seen += int(n_tokens)
+        tokens_seen += n_tokens
 
         done = step + 1
-        stop = bool(interrupted)
-        if world > 1:  # one rank's signal stops them all
+        log, stop = done % args.log_every == 0, bool(interrupted)
+        if world > 1 and log:  # one rank's signal stops them all, when they next look
             flag = torch.tensor(float(stop), device=device)
             dist.all_reduce(flag)
-            stop = bool(flag)
-        log, save = done % args.log_every == 0, done % args.save_every == 0 or done == args.steps or stop
+        if world > 1:
+            stop = log and bool(flag)
+        save = done % args.save_every == 0 or done == args.steps or stop
         report = done % args.eval_every == 0 or done == args.steps
         if report or save:  # before each save: a broken model must not replace a good one
             held_out_now = held_out_loss()
@@ -314,16 +328,20 @@ def main():
                 f"guessing; try a smaller --lr. {args.out} holds the last good checkpoint, if one was written.")
             sys.exit(1)
         if master and (log or done == args.steps):
-            now = time.time()
+            now, tokens_now = time.time(), int(tokens_seen)
             row = dict(step=done, loss=float(loss), val_loss=val_loss, lr=lr, grad_norm=float(grad_norm),
-                       problems=done * args.batch, tokens=tokens_seen, seconds=round(seconds + now - began, 2),
-                       tokens_per_s=round((tokens_seen - logged_tokens) / (now - logged)),
-                       problems_per_s=round((done - logged_step) * args.batch / (now - logged), 1))
+                       problems=done * args.batch, tokens=tokens_now, seconds=round(seconds + now - began, 2),
+                       tokens_per_s=round((tokens_now - logged_tokens) / (now - logged)),
+                       problems_per_s=round((done - logged_step) * args.batch / (now - logged), 1),
+                       waiting=round(waited / (now - logged), 4))
+            if peak:
+                per_token = model.flops_per_token(tokens_now / (done * args.batch))
+                row["mfu"] = round(row["tokens_per_s"] * per_token / peak, 4)
             with open(metrics, "a") as f:
                 f.write(json.dumps(row) + "\n")
             bar.set_postfix_str(f"loss {row['loss']:.3f}, held out {val_loss or math.nan:.3f}, "
-                                f"{row['tokens_per_s']} tokens/s")
-            logged, logged_step, logged_tokens = now, done, tokens_seen
+                                f"{row['tokens_per_s']} tokens/s" + (f", MFU {row['mfu']:.2f}" if peak else ""))
+            logged, logged_step, logged_tokens, waited = now, done, tokens_now, 0.0
         if master and save:
             save_checkpoint(args.out, checkpoint(done))
         bar.update()

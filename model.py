@@ -224,62 +224,151 @@ class Transformer(nn.Module):
     def n_params(self):
         return sum(p.numel() for p in self.parameters())
 
+    def flops_per_token(self, T):
+        """Of a training step (2 operations a parameter forward, 4 backward) on rows of T tokens, with causal attention."""
+        c = self.config
+        return 6 * self.n_params() + 6 * c.n_layers * c.width * T  # a token attends to T / 2 others in the mean
+
+
+def peak_flops(device_name):
+    """Peak of bfloat16 matrix products without sparsity, operations/s, as the makers state it; None where not known."""
+    peaks = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+             "RTX 4090": 165e12}
+    return next((peak for name, peak in peaks.items() if name in device_name), None)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # sampling
 
 
-class Cache:
-    """Keys and values of P prompts and of the n rows that continue each of them.
+class Decoder:
+    """Writes the continuations of P prompts, n rows each, one token a row and step. `sample` drives it.
 
     Each prompt is kept once and its n rows read it together: one matrix product for all of them. The continuations have
-    all the same length, so they need neither a mask nor a scatter. Letters: S slots for generated tokens, R = H / G.
+    all the same length, so they need no scatter. What a step does is mostly small operations, so there are few of them:
+    the weights are laid out for it (see `__init__`), and on CUDA a step is captured once for each shape and replayed.
+    Further letters: T tokens of the longest prompt, S slots for generated tokens, R = H / G.
     """
 
-    def __init__(self, config, lengths, n):
-        self.lengths, self.n, self.t = lengths, n, 0  # tokens a prompt (P,), rows a prompt, generated tokens so far
-        self.prompt = [None] * config.n_layers        # (k, v), each (P, G, Tp, D)
-        self.generated = [None] * config.n_layers     # (k, v), each (P, G, n, S, D)
-        self.bias = None                              # (P, 1, 1, Tp): 0 on the prompt, -inf on its padding
+    def __init__(self, model, prompts, n, temperature, generator=None):
+        """Reads the prompts (lists of ids) and draws the first token of each row."""
+        c, device = model.config, model.embed_tokens.weight.device
+        self.G, self.R, self.D = c.n_kv_heads, c.n_heads // c.n_kv_heads, c.width // c.n_heads
+        self.n, self.temperature, self.generator, self.eps, self.theta = n, temperature, generator, c.eps, c.rope_theta
+        self.kind = device.type
+        self.dtype = torch.get_autocast_dtype(self.kind) if torch.is_autocast_enabled(self.kind) else torch.float32
+        self.lengths = torch.tensor([len(p) for p in prompts], device=device)  # (P,)
+        P, T = len(prompts), max(map(len, prompts))
+        ids = torch.zeros(P, T, dtype=torch.long)
+        for p, prompt in enumerate(prompts):
+            ids[p, :len(prompt)] = torch.tensor(prompt)
 
-    def prefill(self, layer):
-        def attend(q, k, v):
-            self.prompt[layer] = (k.to(v.dtype), v)
-            return causal_attention(q, k, v)
-        return attend
+        self.prompt = [None] * c.n_layers     # keys and values of the prompts, each (P * G, T, D)
+        def keep_kv(layer):
+            def attend(q, k, v):
+                self.prompt[layer] = tuple(x.to(self.dtype).reshape(P * self.G, T, self.D) for x in (k, v))
+                return causal_attention(q, k, v)
+            return attend
+        hidden = model.hidden(ids.to(device), attend=[keep_kv(i) for i in range(c.n_layers)])
+        hidden = hidden[torch.arange(P, device=device), self.lengths - 1]  # padding is on the right: no token sees any
+        padding = torch.arange(T, device=device) >= self.lengths[:, None]
+        self.bias = torch.zeros(P, 1, T, dtype=self.dtype, device=device).masked_fill(padding[:, None], -torch.inf)
+        self.bias = self.bias.repeat_interleave(self.G, 0)                 # (P * G, 1, T): -inf on padding
+        self.generated = [tuple(x.new_empty(P * self.G * n, 0, self.D) for x in kv) for kv in self.prompt]
+        self.filled = 0                                                    # tokens a row in `generated`
+        self.slot = torch.zeros(1, dtype=torch.long, device=device)        # the same, on the device
+        self.cos, self.sin = rotary_tables(torch.zeros(0, 1, device=device), self.D, self.theta)
 
-    def start(self):
-        """Get ready to generate, after `prefill` has seen the prompts."""
-        P, G, T, D = self.prompt[0][0].shape
-        padding = torch.arange(T, device=self.lengths.device) >= self.lengths[:, None]
-        self.bias = torch.zeros(P, 1, 1, T, device=self.lengths.device).masked_fill(padding[:, None, None], -torch.inf)
-        self.generated = [tuple(x.new_empty(P, G, self.n, 0, D) for x in kv) for kv in self.prompt]
+        # q, k, v and gate, up side by side; the norm's weight before them and the scale of the attention folded in
+        self.weights = []
+        for layer in model.layers:
+            a, m = layer.self_attn, layer.mlp
+            qkv = torch.cat((a.q_proj.weight * self.D ** -0.5, a.k_proj.weight, a.v_proj.weight))
+            qkv_bias = torch.cat((a.q_proj.bias * self.D ** -0.5, a.k_proj.bias, a.v_proj.bias))
+            gate_up = torch.cat((m.gate_proj.weight, m.up_proj.weight)) * layer.post_attention_layernorm.weight
+            weights = qkv * layer.input_layernorm.weight, a.o_proj.weight, gate_up, m.down_proj.weight
+            self.weights.append((qkv_bias.to(self.dtype), *(w.to(self.dtype).T for w in weights)))
+        self.embedding = model.embed_tokens.weight.detach()
+        self.head = (self.embedding * model.norm.weight).to(self.dtype).T
+        self.graph = None
 
-    def grow(self, slots=64):
-        self.generated = [tuple(F.pad(x, (0, 0, 0, slots)) for x in kv) for kv in self.generated]
+        self.uniform = torch.rand(P * n, generator=generator, device=device)
+        self.token, self.logprob = self.draw(model.head(hidden).repeat_interleave(n, 0))  # (B,), what a step writes
 
-    def decode(self, layer):
-        def attend(q, k, v):
-            B, H, _, D = q.shape
-            pk, pv = self.prompt[layer]
-            gk, gv = self.generated[layer]
-            P, G, T, _ = pk.shape
-            n, R, t = self.n, H // G, self.t + 1
-            gk[:, :, :, self.t] = k.view(P, n, G, D).transpose(1, 2)
-            gv[:, :, :, self.t] = v.view(P, n, G, D).transpose(1, 2)
-            q = (q.to(pk.dtype) * D ** -0.5).view(P, n, G, R, D).transpose(1, 2)                         # (P, G, n, R, D)
-            on_prompt = q.reshape(P, G, n * R, D) @ pk.transpose(-1, -2) + self.bias                     # (P, G, n*R, T)
-            on_generated = q @ gk[:, :, :, :t].transpose(-1, -2)                                         # (P, G, n, R, t)
-            weights = torch.cat((on_prompt.view(P, G, n, R, T), on_generated), -1).float().softmax(-1).to(pv.dtype)
-            y = (weights[..., :T].reshape(P, G, n * R, T) @ pv).view(P, G, n, R, D) + weights[..., T:] @ gv[:, :, :, :t]
-            return y.transpose(1, 2).reshape(B, H, 1, D)
-        return attend
+    def draw(self, logits):
+        """Logits (B, vocabulary) -> tokens (B,) and their log-probabilities (B,)."""
+        logprobs = (logits.float() / (self.temperature or 1.0)).log_softmax(-1)
+        if self.temperature == 0:
+            token = logprobs.argmax(-1, keepdim=True)
+        else:  # where a uniform number falls among the summed probabilities
+            cumulative = logprobs.exp().cumsum(-1)
+            token = torch.searchsorted(cumulative, self.uniform[:, None] * cumulative[:, -1:], right=True)
+            token = token.clamp_max(logits.shape[-1] - 1)  # rounding
+        return token[:, 0], logprobs.gather(-1, token)[:, 0]
+
+    def unit(self, x):
+        return F.rms_norm(x, x.shape[-1:], None, self.eps).to(self.dtype)
+
+    def write(self):
+        """The step itself: from self.token to the next one, all in place, nothing that waits for the device."""
+        G, R, D, n = self.G, self.R, self.D, self.n
+        B, S = len(self.token), self.generated[0][0].shape[1]
+        P, T, H = B // n, self.bias.shape[2], G * R
+        positions = (self.lengths + self.slot).repeat_interleave(n)
+        cos, sin = self.cos[positions], self.sin[positions]                                       # (B, 1, D)
+        empty = torch.where(torch.arange(S, device=self.slot.device) <= self.slot, 0.0, -torch.inf).to(self.dtype)
+        x = self.embedding[self.token]
+        for (qkv_bias, qkv, o, gate_up, down), (pk, pv), (gk, gv) in zip(self.weights, self.prompt, self.generated):
+            y = torch.addmm(qkv_bias, self.unit(x), qkv)                                          # (B, (H + 2 G) D)
+            qk = rotate(y[:, :(H + G) * D].view(B, H + G, D), cos, sin).to(self.dtype)
+            for cache, new in (gk, qk[:, H:]), (gv, y[:, (H + G) * D:]):
+                cache.view(P, G, n, S, D).index_copy_(3, self.slot, new.view(P, n, G, 1, D).transpose(1, 2))
+            q = qk[:, :H].view(P, n, G, R, D).transpose(1, 2).reshape(P * G, n * R, D)
+            on_prompt = torch.baddbmm(self.bias, q, pk.mT)                                        # (P G, n R, T)
+            on_generated = torch.bmm(q.view(P * G * n, R, D), gk.mT) + empty                      # (P G n, R, S)
+            weights = torch.cat((on_prompt, on_generated.view(P * G, n * R, S)), -1).softmax(-1)
+            y = torch.bmm(weights[..., :T], pv).view(P, G, n, R * D) + \
+                torch.bmm(weights[..., T:].reshape(P * G * n, R, S), gv).view(P, G, n, R * D)
+            x = x + y.transpose(1, 2).reshape(B, H * D) @ o
+            gate, up = (self.unit(x) @ gate_up).chunk(2, dim=-1)
+            x = x + (F.silu(gate) * up) @ down
+        token, logprob = self.draw(self.unit(x) @ self.head)
+        self.token.copy_(token)
+        self.logprob.copy_(logprob)
+        self.slot += 1
+
+    def step(self, uniform):
+        """Write the next token of each row; uniform (B,) in [0, 1) decides which."""
+        self.uniform.copy_(uniform)
+        if self.filled == self.generated[0][0].shape[1]:
+            slots = 32 if self.kind == "cpu" else 128
+            self.generated = [tuple(F.pad(x, (0, 0, 0, slots)) for x in kv) for kv in self.generated]
+            positions = torch.arange(self.bias.shape[2] + self.filled + slots, device=self.slot.device)[:, None]
+            self.cos, self.sin = rotary_tables(positions, self.D, self.theta)
+            self.graph = None
+        if self.kind != "cuda":
+            self.write()
+        elif self.graph is None:  # a first step with new shapes warms up the libraries; the second is captured
+            self.write()
+            self.graph = False
+        else:
+            if not self.graph:
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self.write()
+            self.graph.replay()
+        self.filled += 1
 
     def keep(self, prompts, rows):
         """Keep these prompts (P',) and of each these rows (P', n')."""
-        self.lengths, self.bias, self.n = self.lengths[prompts], self.bias[prompts], rows.shape[1]
-        self.prompt = [tuple(x[prompts] for x in kv) for kv in self.prompt]
-        self.generated = [tuple(x[prompts[:, None], :, rows].transpose(1, 2) for x in kv) for kv in self.generated]
+        P, n, G = len(self.lengths), self.n, self.G
+        self.token, self.logprob = (x.view(P, n)[prompts].gather(1, rows).flatten() for x in (self.token, self.logprob))
+        self.uniform = torch.empty_like(self.logprob)
+        self.bias = self.bias.unflatten(0, (P, G))[prompts].flatten(0, 1)
+        self.prompt = [tuple(x.unflatten(0, (P, G))[prompts].flatten(0, 1) for x in kv) for kv in self.prompt]
+        self.generated = [tuple(x.unflatten(0, (P, G, n))[prompts[:, None], :, rows].transpose(1, 2).flatten(0, 2)
+                                for x in kv) for kv in self.generated]
+        self.lengths, self.n, self.graph = self.lengths[prompts], rows.shape[1], None
 
 
 @torch.no_grad()
@@ -310,58 +399,38 @@ def sample(model, prompts, stop, n=1, max_new=256, temperature=1.0, generator=No
 
 
 def _sample_batch(model, prompts, stop, n, max_new, temperature, generator):
-    device = model.embed_tokens.weight.device
-    P = len(prompts)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    ids = torch.zeros(P, max(len(p) for p in prompts), dtype=torch.long, device=device)
-    for p, prompt in enumerate(prompts):
-        ids[p, :len(prompt)] = torch.tensor(prompt, device=device)
-    cache = Cache(model.config, lengths, n)
-    layers = range(model.config.n_layers)
-    hidden = model.hidden(ids, attend=[cache.prefill(i) for i in layers])  # padding on the right: no row sees any
-    hidden = hidden[torch.arange(P, device=device), lengths - 1].repeat_interleave(n, 0)
-    cache.start()
-    attend = [cache.decode(i) for i in layers]
-
-    out_tokens = torch.full((P * n, max_new), stop, device=device)
-    out_logprobs = torch.zeros(P * n, max_new, device=device)
-    out_lengths = torch.full((P * n,), max_new, device=device)
-    alive = torch.ones(P, n, dtype=torch.bool, device=device)
-    row_of = torch.arange(P * n, device=device).view(P, n)  # where the rows that still run belong in the output
-    for t in range(max_new):
-        logits = model.head(hidden).float()
-        if temperature == 0:
-            logprobs = logits.log_softmax(-1)
-            token = logits.argmax(-1)
-        else:
-            logprobs = (logits / temperature).log_softmax(-1)
-            # argmax of p / exponential noise is a draw from p, and needs no synchronisation with the host
-            noise = torch.empty_like(logprobs).exponential_(generator=generator)
-            token = (logprobs.exp() / noise).argmax(-1)
-        rows = row_of.flatten()
-        out_tokens[rows, t] = torch.where(alive.flatten(), token, out_tokens[rows, t])
-        out_logprobs[rows, t] = torch.where(alive.flatten(), logprobs.gather(-1, token[:, None])[:, 0],
-                                            out_logprobs[rows, t])
-        ended = alive & (token == stop).view_as(alive)
-        out_lengths[rows] = torch.where(ended.flatten(), t + 1, out_lengths[rows])
-        alive = alive & ~ended
-        if t % 8 == 7:  # drop finished prompts and rows; not at each step, since looking waits for the device
+    decoder = Decoder(model, prompts, n, temperature, generator)
+    kind, device = decoder.kind, decoder.token.device
+    look, full_enough = (8, 0.8) if kind == "cpu" else (16, 0.5)
+    out_tokens = torch.full((len(prompts) * n, max_new), stop, device=device)
+    out_logprobs = torch.zeros(len(prompts) * n, max_new, device=device)
+    alive = torch.ones(len(prompts), n, dtype=torch.bool, device=device)
+    row_of = torch.arange(len(prompts) * n, device=device).view(len(prompts), n)  # where the rows belong in the output
+    with torch.autocast(kind, enabled=False):  # the decoder chooses its precisions itself
+        for t in range(0, max_new, look):
+            uniform = torch.rand(look, alive.numel(), generator=generator, device=device)
+            written = [(decoder.token.clone(), decoder.logprob.clone())]
+            for i in range(1, min(look, max_new - t)):
+                decoder.step(uniform[i])
+                written.append((decoder.token.clone(), decoder.logprob.clone()))
+            tokens, logprobs = (torch.stack(x, dim=1) for x in zip(*written))
+            out_tokens[row_of.flatten(), t:t + look], out_logprobs[row_of.flatten(), t:t + look] = tokens, logprobs
+            # drop finished prompts and rows; not at each step, since looking waits for the device
+            alive &= (tokens != stop).all(1).view_as(alive)
             per_prompt = alive.sum(1)
-            if not per_prompt.any():
+            if t + look >= max_new or not per_prompt.any():
                 break
-            if int((per_prompt > 0).sum() * per_prompt.max()) <= 0.8 * alive.numel():
+            if int((per_prompt > 0).sum() * per_prompt.max()) <= full_enough * alive.numel():
                 prompts_left = per_prompt.nonzero()[:, 0]
                 alive_first = alive[prompts_left].sort(dim=1, descending=True, stable=True).indices
                 rows_left = alive_first[:, :int(per_prompt.max())]
-                cache.keep(prompts_left, rows_left)
-                token = token.view_as(alive)[prompts_left].gather(1, rows_left).flatten()
-                row_of, alive = row_of[prompts_left].gather(1, rows_left), alive[prompts_left].gather(1, rows_left)
-        if cache.t == cache.generated[0][0].shape[3]:
-            cache.grow()
-        positions = (cache.lengths + t).repeat_interleave(cache.n)[:, None]
-        hidden = model.hidden(token[:, None], positions, attend)[:, 0]
-        cache.t += 1
-    return out_tokens, out_logprobs, out_lengths.tolist()
+                decoder.keep(prompts_left, rows_left)
+                row_of, alive = (x[prompts_left].gather(1, rows_left) for x in (row_of, alive))
+                uniform = uniform[:, :alive.numel()]
+            decoder.step(uniform[0])
+    stopped = out_tokens == stop  # a row that has ended writes on until it is dropped
+    lengths = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, max_new)
+    return out_tokens, out_logprobs, lengths.tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -25,17 +25,18 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from model import CONFIGS, Transformer, build_model, load_checkpoint, sample, save_checkpoint
+from model import CONFIGS, Transformer, build_model, load_checkpoint, peak_flops, sample, save_checkpoint
 
 # A preset is a model (model.CONFIGS) and the settings that suit it. Each can be set on the command line.
 PRESETS = {
     # chosen by measurement for ten minutes on two CPU cores
     "tiny": dict(mix="all:2-4", steps=4000, batch=64, lr=8e-3, min_lr=0.0, warmup=0.05, weight_decay=0.1, clip=1.0,
-                 optimizer="muon", loss="all", micro_tokens=1536, save_every=200, workers=0),
+                 optimizer="muon", momentum=0.8, name_parts=0.5, loss="all", micro_tokens=1536, save_every=200,
+                 workers=0),
     # arXiv 2512.07783: 10B of its tokens, about 22M problems, at 512k tokens a step; mixture 20 / 30 / 50 % by difficulty
     "100m": dict(mix="all:2-4:0.2,all:5-7:0.3,all:8-10:0.5", steps=19_000, batch=1152, lr=1e-4, min_lr=3e-5, warmup=0.05,
-                 weight_decay=0.1, clip=1.0, optimizer="adamw", loss="all", micro_tokens=65536, save_every=500,
-                 workers=4),
+                 weight_decay=0.1, clip=1.0, optimizer="adamw", momentum=0.95, name_parts=0.0, loss="all",
+                 micro_tokens=32768, save_every=500, workers=4),
 }
 MODEL = dict(n_layers="layers", width="width", n_heads="query heads", n_kv_heads="key-value heads",
              mlp="width inside the MLP", rope_theta="base of the rotary periods", init_std="spread of new weights",
@@ -63,10 +64,13 @@ def arguments():
     g.add_argument("--weight-decay", type=float)
     g.add_argument("--clip", type=float, help="largest norm of the gradient")
     g.add_argument("--optimizer", choices=["adamw", "muon"], help="muon: for the matrices of the layers, adamw for the rest")
+    g.add_argument("--momentum", type=float, help="of muon")
     g.add_argument("--micro-tokens", type=int, help="tokens per forward pass; gradients add up over a step")
     g = p.add_argument_group("model (defaults from the preset)")
     for name, what in MODEL.items():
         g.add_argument("--" + name.replace("_", "-"), type=float if name in ("rope_theta", "init_std") else int, help=what)
+    g.add_argument("--name-parts", type=float, help='how much the embeddings of kind and place add to that of a name, "adult '
+                   'fox in Maple Creek", at the start')
     g = p.add_argument_group("running")
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     g.add_argument("--dtype", choices=["bfloat16", "float32"], help="of matrix products (default: bfloat16 where it is fast)")
@@ -96,13 +100,13 @@ def arguments():
         for name in "steps batch micro_tokens n_layers width n_heads n_kv_heads mlp log_every eval_every save_every".split():
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-        for name in "seed lr min_lr warmup weight_decay workers show init_std look_back".split():
+        for name in "seed lr min_lr warmup weight_decay workers show init_std look_back name_parts momentum".split():
             if not 0 <= getattr(args, name) < 2 ** 62:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and not huge, got {getattr(args, name)}")
         if args.width % (2 * args.n_heads) or args.n_heads % args.n_kv_heads:
             raise ValueError("--width must be a multiple of 2 * n_heads, --n-heads a multiple of --n-kv-heads")
-        if args.warmup >= 1 or not args.clip > 0 or not args.rope_theta > 0:
-            raise ValueError("--warmup is a share below 1; --clip and --rope-theta are above 0")
+        if args.warmup >= 1 or args.momentum >= 1 or not args.clip > 0 or not args.rope_theta > 0:
+            raise ValueError("--warmup and --momentum are below 1; --clip and --rope-theta are above 0")
         if os.path.isdir(args.out) or args.out.endswith(("/", ".jsonl")):
             raise ValueError(f"--out {args.out} must name a file, and not one in .jsonl, which is for the metrics")
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
@@ -111,6 +115,12 @@ def arguments():
     except (ValueError, RuntimeError, OSError, AssertionError) as error:
         p.error(str(error).splitlines()[0])
     return p, args
+
+
+def tensors(micro_batches):
+    """Arrays of data.TrainingSteps -> tensors, and how many targets and tokens they have. Runs where the problems are made."""
+    counts = [sum(int((y != data.IGNORE).sum()) for _, y in micro_batches), sum(int((x != 0).sum()) for x, _ in micro_batches)]
+    return [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in micro_batches], torch.tensor(counts)
 
 
 def main():
@@ -138,7 +148,11 @@ def main():
     # model and optimizers, new or resumed
     torch.manual_seed(args.seed)
     config = replace(CONFIGS[args.preset], **{name: getattr(args, name) for name in MODEL})
-    model = Transformer(config).to(device)
+    model = Transformer(config)
+    embeddings = model.embed_tokens.weight.data  # names are single tokens: let them show their parts (data.name_parts)
+    for name, parts in data.name_parts(data.tokenizer()).items():
+        embeddings[name] += args.name_parts * embeddings[parts].sum(0)
+    model.to(device)
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     decay = [p for p in (others if args.optimizer == "muon" else model.parameters()) if p.ndim == 2]
@@ -146,7 +160,7 @@ def main():
     optimizers = [torch.optim.AdamW([dict(params=decay), dict(params=no_decay, weight_decay=0.0)], lr=args.lr,
                                     betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)]
     if args.optimizer == "muon":  # scaled so that one learning rate and weight decay suit both (arXiv 2502.16982)
-        optimizers.append(torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay,
+        optimizers.append(torch.optim.Muon(matrices, lr=args.lr, weight_decay=args.weight_decay, momentum=args.momentum,
                                            adjust_lr_fn="match_rms_adamw"))
 
     # what the result depends on: a resumed run must have the same
@@ -186,24 +200,24 @@ def main():
     # data: step s trains on problems s * batch ... (s + 1) * batch - 1 of the stream
     def stream(split, **more):
         return data.TrainingSteps(args.mixture, args.batch, args.seed, split, args.loss, args.distractors,
-                                  args.micro_tokens, **more)
+                                  args.micro_tokens, fixed=args.compile, **more)
 
     train = stream("train", rank=rank, world=world)
     loader = torch.utils.data.DataLoader(train, batch_size=None, sampler=range(start, args.steps),
-                                         num_workers=args.workers, collate_fn=list,
+                                         num_workers=args.workers, collate_fn=tensors, pin_memory=kind == "cuda",
                                          generator=torch.Generator())  # its own: it must not draw from the run's
-    held_out = list(itertools.chain(*(stream("eval")[s] for s in range(-(-256 // args.batch)))))
+    held_out = list(itertools.chain(*(tensors(stream("eval")[s])[0] for s in range(-(-256 // args.batch)))))
 
-    loss_of = torch.compile(model.loss, dynamic=True) if args.compile else model.loss
+    torch._dynamo.config.recompile_limit = 64  # a program for each shape, and there are few (data.LENGTHS)
+    loss_of = torch.compile(model.loss, dynamic=False) if args.compile else model.loss
 
     def to_device(batch):
-        return [torch.from_numpy(a).to(device, non_blocking=True) for a in batch]
+        return [a.to(device, non_blocking=True) for a in batch]
 
-    def accumulate(micro_batches):
+    def accumulate(micro_batches, counts):
         """Add up the gradient of the mean loss per target token over micro-batches and ranks; returns that loss, and
-        how many tokens the step read."""
-        count, n_tokens = counts = torch.tensor([sum((y != data.IGNORE).sum() for _, y in micro_batches),
-                                                 sum((x != 0).sum() for x, _ in micro_batches)], device=device)
+        how many tokens the step read. Nothing here waits for the device."""
+        count, n_tokens = counts = counts.to(device, non_blocking=True, copy=True)
         if world > 1:
             dist.all_reduce(counts)
         total = torch.zeros((), device=device)
@@ -232,7 +246,7 @@ def main():
         return total / count
 
     def checkpoint(step):
-        return dict(stage="pretrain", config=asdict(config), model=model.state_dict(), step=step, tokens=tokens_seen,
+        return dict(stage="pretrain", config=asdict(config), model=model.state_dict(), step=step, tokens=int(tokens_seen),
                     problems=step * args.batch, seconds=seconds + time.time() - began, recipe=recipe, id_ops=id_ops,
                     val_loss=val_loss,
                     optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state())
@@ -245,7 +259,7 @@ def main():
     if start < args.steps:
         for _ in range(2):  # the first pass warms up
             then = time.time()
-            float(accumulate(train[start])[0])
+            float(accumulate(*tensors(train[start]))[0])
             model.zero_grad(set_to_none=True)
         say(f"expected time: about {(time.time() - then) * (args.steps - start) * 1.15 / 60:.1f} minutes")
 
@@ -255,29 +269,36 @@ def main():
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda *_: interrupted.append(1))  # finish the step, then save
     began = logged = time.time()
-    logged_step, logged_tokens = start, tokens_seen
+    logged_step, logged_tokens, waited = start, tokens_seen, 0.0
+    tokens_seen = torch.tensor(tokens_seen, device=device)  # counted there: reading it would wait for the device
+    peak = world * (peak_flops(torch.cuda.get_device_name(device)) or 0) if kind == "cuda" else 0
     bar = tqdm(total=args.steps, initial=start, unit="step", disable=None if master else True, smoothing=0.05)
-    for step, micro_batches in zip(range(start, args.steps), loader):
+    batches = iter(loader)
+    for step in range(start, args.steps):
+        then = time.time()
+        batch = next(batches)
+        waited += time.time() - then
         warmup = max(1, round(args.warmup * args.steps))
         progress = max(0, step - warmup) / max(1, args.steps - warmup)
         lr = args.lr * (step + 1) / warmup if step < warmup else \
             args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-        loss, n_tokens = accumulate(micro_batches)
+        loss, n_tokens = accumulate(*batch)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
         model.zero_grad(set_to_none=True)
-        tokens_seen += int(n_tokens)
+        tokens_seen += n_tokens
 
         done = step + 1
-        stop = bool(interrupted)
-        if world > 1:  # one rank's signal stops them all
+        log, stop = done % args.log_every == 0, bool(interrupted)
+        if world > 1 and log:  # one rank's signal stops them all, when they next look
             flag = torch.tensor(float(stop), device=device)
             dist.all_reduce(flag)
-            stop = bool(flag)
-        log, save = done % args.log_every == 0, done % args.save_every == 0 or done == args.steps or stop
+        if world > 1:
+            stop = log and bool(flag)
+        save = done % args.save_every == 0 or done == args.steps or stop
         report = done % args.eval_every == 0 or done == args.steps
         if report or save:  # before each save: a broken model must not replace a good one
             held_out_now = held_out_loss()
@@ -289,16 +310,20 @@ def main():
                 f"guessing; try a smaller --lr. {args.out} holds the last good checkpoint, if one was written.")
             sys.exit(1)
         if master and (log or done == args.steps):
-            now = time.time()
+            now, tokens_now = time.time(), int(tokens_seen)
             row = dict(step=done, loss=float(loss), val_loss=val_loss, lr=lr, grad_norm=float(grad_norm),
-                       problems=done * args.batch, tokens=tokens_seen, seconds=round(seconds + now - began, 2),
-                       tokens_per_s=round((tokens_seen - logged_tokens) / (now - logged)),
-                       problems_per_s=round((done - logged_step) * args.batch / (now - logged), 1))
+                       problems=done * args.batch, tokens=tokens_now, seconds=round(seconds + now - began, 2),
+                       tokens_per_s=round((tokens_now - logged_tokens) / (now - logged)),
+                       problems_per_s=round((done - logged_step) * args.batch / (now - logged), 1),
+                       waiting=round(waited / (now - logged), 4))
+            if peak:
+                per_token = model.flops_per_token(tokens_now / (done * args.batch))
+                row["mfu"] = round(row["tokens_per_s"] * per_token / peak, 4)
             with open(metrics, "a") as f:
                 f.write(json.dumps(row) + "\n")
             bar.set_postfix_str(f"loss {row['loss']:.3f}, held out {val_loss or math.nan:.3f}, "
-                                f"{row['tokens_per_s']} tokens/s")
-            logged, logged_step, logged_tokens = now, done, tokens_seen
+                                f"{row['tokens_per_s']} tokens/s" + (f", MFU {row['mfu']:.2f}" if peak else ""))
+            logged, logged_step, logged_tokens, waited = now, done, tokens_now, 0.0
         if master and save:
             save_checkpoint(args.out, checkpoint(done))
         bar.update()

@@ -145,8 +145,13 @@ def bench_norm():
     row("training tokens/s with our RMSNorm on a CPU", rates["ours"], rates["theirs"], "theirs: F.rms_norm")
 
 
+def bench_sample():
+    sample_batch(32, 8)
+    sample_batch(64, 8)  # a step of GRPO with the preset tiny
+
+
 @torch.no_grad()
-def bench_sample(n_prompts=32, n=8, new=64):
+def sample_batch(n_prompts, n, new=64):
     torch.manual_seed(0)
     model = ours.Transformer(CONFIG).to(DEVICE).eval()
     enc = data.tokenizer()

@@ -659,6 +659,16 @@ def test_training_text(gold):
         assert data.prompt_text(row).endswith(" <solution>")
 
 
+def test_the_parts_of_a_name_are_the_tokens_of_its_question():
+    found = data.name_parts(ENC)
+    for name, parts in found.items():
+        what, place = ENC.decode([name]).split(" in ", 1)
+        if not what.startswith(" total"):
+            assert ENC.encode(f". How many{what} does {place} have?")[1:] == parts
+        assert ENC.decode(parts[-1:]) == f" does {place} have?" and len(parts) == 2 - what.startswith(" total")
+    assert len(found) == 10 * 11 + 10 * 6 + 10 * 6
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # batches
 
@@ -736,6 +746,18 @@ def test_micro_batches_are_filled_well():
         shortest = min(map(len, following))
         assert max(map(len, some)) <= shortest
         assert (len(some) + 1) * shortest > 0.7 * 4096  # there was little room left for the row that came next
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 2048, 16384])
+def test_fixed_shapes_are_few_and_hold_the_same_rows(micro_tokens):
+    steps = data.TrainingSteps(MIXTURE, batch_size=150, micro_tokens=micro_tokens, fixed=True)
+    shapes = set()
+    for s in range(3):
+        batches = steps[s]
+        assert rows_of(batches) == rows_of(data.TrainingSteps(MIXTURE, batch_size=150)[s])
+        assert all(len(rows_of([batch])) == len(batch[0]) for batch in batches[:-1])  # only the last has rows to spare
+        shapes |= {x.shape for x, _ in batches}
+    assert shapes <= {(max(1, micro_tokens // T), T) for T in data.LENGTHS}
 
 
 def test_step_s_is_a_pure_function():

@@ -20,18 +20,10 @@ from model import CONFIGS, Config, RMSNormCPU, Transformer, build_model, load_ch
 SMALL = dict(n_layers=2, width=32, n_heads=4, n_kv_heads=2, mlp=48, vocab_size=24, rope_theta=100.0)
 
 
-class Biased(Transformer):
-    """A model whose head favours or shuns one token, so that rows end soon, or never."""
-    bias = 0.0
-
-    def head(self, hidden):
-        return super().head(hidden) + self.bias
-
-
-def make_model(seed=0, kind=Transformer, **changes):
+def make_model(seed=0, **changes):
     """A random model in which every parameter matters, biases and norms too."""
     torch.manual_seed(seed)
-    model = kind(Config(**{**SMALL, **changes}))
+    model = Transformer(Config(**{**SMALL, **changes}))
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(0.2 * torch.randn_like(p) + ("norm" in name))
@@ -221,10 +213,14 @@ STOP = 0
 
 
 def biased_model(bias, seed=0, **changes):
-    """A model with `bias` on the logit of STOP."""
-    model = make_model(seed, Biased, **changes)
-    model.bias = torch.zeros(model.config.vocab_size)
-    model.bias[STOP] = bias
+    """A model that favours (bias above 0) or shuns STOP, so that rows end soon, or never."""
+    model = make_model(seed, **changes)
+    with torch.no_grad():  # the last number of the residual stream is always 1; the head sees it, scaled by the norm
+        model.embed_tokens.weight[:, -1] = 1.0
+        for layer in model.layers:
+            layer.self_attn.o_proj.weight[-1] = layer.mlp.down_proj.weight[-1] = 0.0
+        model.norm.weight[-1] = 1.0
+        model.embed_tokens.weight[STOP, -1] += bias
     return model
 
 
@@ -276,14 +272,14 @@ def test_rows_longer_than_the_cache_at_first():
 
 
 def test_rows_that_end_at_different_times_are_dropped_and_the_others_go_on(monkeypatch):
-    sizes, keep = [], M.Cache.keep
+    sizes, keep = [], M.Decoder.keep
 
-    def counted(cache, prompts, rows):
-        before = len(cache.lengths), cache.n
-        keep(cache, prompts, rows)
-        sizes.append((before, (len(cache.lengths), cache.n)))
+    def counted(decoder, prompts, rows):
+        before = len(decoder.lengths), decoder.n
+        keep(decoder, prompts, rows)
+        sizes.append((before, (len(decoder.lengths), decoder.n)))
 
-    monkeypatch.setattr(M.Cache, "keep", counted)
+    monkeypatch.setattr(M.Decoder, "keep", counted)
     model = biased_model(1.8)
     tokens, logprobs = sample(model, PROMPTS, STOP, n=7, max_new=90, generator=torch.Generator().manual_seed(0))
     assert any(b[0] < a[0] for a, b in sizes) and any(b[1] < a[1] for a, b in sizes)  # prompts and rows were dropped
@@ -344,7 +340,7 @@ def test_sampling_in_bfloat16_stays_close_to_forward():
         tokens, logprobs = sample(model, PROMPTS, STOP, n=2, max_new=30, generator=torch.Generator().manual_seed(0))
     for row, (mine, scores) in enumerate(zip(tokens, logprobs)):
         prompt = PROMPTS[row // 2]
-        exact = reference(model, torch.tensor(prompt + mine)) + model.bias
+        exact = reference(model, torch.tensor(prompt + mine))
         exact = exact.log_softmax(-1)[range(len(prompt) - 1, len(prompt) + len(mine) - 1), mine]
         assert (scores - exact).abs().mean() < 0.1
 
