@@ -654,22 +654,24 @@ class TrainingSteps:
     of them. One problem is one row: padding on the right needs no mask under causal attention, and no row sees another.
     Rows are sorted by length and cut into micro-batches of at most `micro_tokens` tokens, padding included (one row may
     be longer). Their shapes are multiples of (4, 16): libraries prepare a kernel for each new shape and keep it. With
-    fixed=True, for torch.compile, they are one of few, (micro_tokens // T, T) for T in LENGTHS.
+    fixed=True, for torch.compile, they are few: (micro_tokens // T, T) for T in LENGTHS, or a half, a quarter, ... of that.
 
     A micro-batch is (x, y), int64 arrays (rows, T): y[b, t] is the token after x[b, t], or IGNORE where there is no
-    loss: on padding and, with loss="solution", on the prompt.
+    loss: on padding and, with loss="solution", on the prompt. late: (step, distractors), another mean from that step on.
     Works as a map-style data set of torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, end)).
     """
 
     def __init__(self, mixture, batch_size, seed=0, split="train", loss="all", distractors=2.0, micro_tokens=8192,
-                 rank=0, world=1, fixed=False):
+                 rank=0, world=1, fixed=False, late=None):
         self.mixture, self.batch_size, self.seed, self.split = mixture, batch_size, seed, split
         self.loss, self.law, self.micro_tokens = loss, distractor_law(distractors), micro_tokens
+        self.late_from, self.late_law = late and (late[0], distractor_law(late[1])) or (math.inf, None)
         self.rank, self.world, self.fixed, self.enc = rank, world, fixed, tokenizer()
 
     def __getitem__(self, step):
         first = step * self.batch_size
-        rows = [encode_row(self.enc, make_row(i, self.mixture, self.seed, self.split, self.law))
+        law = self.law if step < self.late_from else self.late_law
+        rows = [encode_row(self.enc, make_row(i, self.mixture, self.seed, self.split, law))
                 for i in range(first + self.rank, first + self.batch_size, self.world)]
         if self.fixed:
             return [pad(batch, self.loss, shape) for batch, shape in cut_to_few_shapes(rows, self.micro_tokens)]
@@ -689,17 +691,19 @@ def cut(rows, micro_tokens):
     return batches
 
 
-LENGTHS = 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 2048, 4096
+LENGTHS = *range(32, 513, 32), 768, 1024, 2048, 4096
 
 
 def cut_to_few_shapes(rows, micro_tokens):
-    """The same as [(list of rows, shape)]. The longest rows come first and shorter ones fill them up, so that only the
-    last batch, of the shortest, has rows to spare."""
+    """The same as [(list of rows, shape)]. The longest rows come first and shorter ones fill them up; the last batch, of the
+    shortest, is halved until less than half of it is empty."""
     rows = sorted(rows, key=lambda row: len(row[0]))
     batches = []
     while rows:
         T = next(T for T in LENGTHS if T >= len(rows[-1][0]) - 1)
         n = max(1, micro_tokens // T)
+        while n > 1 and len(rows) <= n // 2:
+            n //= 2
         batches.append((rows[-n:], (n, T)))
         del rows[-n:]
     return batches

@@ -318,7 +318,7 @@ def main():
     for path, model, checkpoint in args.loaded:
         model.to(args.device)
         bar = tqdm(total=-(-n_problems // world) * args.n, desc=path, unit=" samples", disable=None if rank == 0 else True)
-        records = evaluate(model, args.problem_rows, args, rank, world, bar.update)
+        records = evaluate(model, args.problem_rows, args, rank, world, lambda finished: bar.update(len(finished)))
         bar.close()
         if world > 1:
             parts = [None] * world

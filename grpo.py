@@ -30,8 +30,10 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -46,11 +48,13 @@ from verify import REWARDS, reward, verify
 PRESETS = {
     # without problems from the range of pre-training a small model soon forgets it; without KL it needs no reference, and
     # groups without a gradient cost nothing
-    "tiny": dict(id_share=0.2, steps=150, prompts=64, rollouts=8, updates=2, lr=2e-4, kl=0.0, warmup=5, weight_decay=0.0,
-                 clip=1.0, max_new=192, micro_tokens=2048, rows=512, eval_every=25, eval_problems=64, save_every=25),
+    "tiny": dict(id_share=0.2, steps=250, prompts=64, rollouts=8, updates=2, lr=2e-4, kl=0.0, warmup=5, weight_decay=0.0,
+                 clip=1.0, max_new=192, micro_tokens=2048, rows=512, eval_every=25, eval_problems=64, save_every=25,
+                 workers=0),
     # arXiv 2512.07783: 200 steps of 1024 prompts, 6 rollouts each, 4 updates
     "100m": dict(id_share=0.0, steps=200, prompts=1024, rollouts=6, updates=4, lr=1e-6, kl=1e-3, warmup=0, weight_decay=0.1,
-                 clip=1.0, max_new=1024, micro_tokens=65536, rows=6144, eval_every=20, eval_problems=256, save_every=20),
+                 clip=1.0, max_new=1024, micro_tokens=65536, rows=3072, eval_every=20, eval_problems=256, save_every=20,
+                 workers=8),
 }
 SEED = 2_000_000   # added to --seed: problems of its own, not those of the stages before over again
 RL_COST = 5 / 3    # of a token of RL in training tokens: 2 for the rollout, 2 for the reference, 6 for the update, against 6
@@ -99,6 +103,11 @@ def misjudged(verdict):
                           strict=verdict["outcome"] and not verdict["strict"])
 
 
+def verdicts(pairs):
+    """[(gold solution, response)] -> verdicts; what a worker does."""
+    return [verify(gold, response) for gold, response in pairs]
+
+
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--init", default="out/midtrain.pt", help="checkpoint to start from; the reference (default out/midtrain.pt)")
@@ -141,6 +150,7 @@ def arguments():
     g.add_argument("--max-new", type=int, help="tokens after which a solution is cut off")
     g.add_argument("--micro-tokens", type=int, help="tokens per forward pass of an update; gradients add up")
     g.add_argument("--rows", type=int, help="solutions that are sampled at a time")
+    g.add_argument("--workers", type=int, help="processes that verify solutions while others are sampled; 0: after sampling")
     g = p.add_argument_group("running")
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     g.add_argument("--dtype", choices=["bfloat16", "float32"], help="of matrix products (default: bfloat16 where it is fast)")
@@ -197,7 +207,7 @@ def arguments():
                      "save_every").split():
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-        for name in "seed lr warmup weight_decay kl".split():
+        for name in "seed lr warmup weight_decay kl workers".split():
             if not 0 <= getattr(args, name) < 2 ** 40:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and not huge, got {getattr(args, name)}")
         for name in "alpha reward_noise".split():
@@ -276,7 +286,7 @@ def main():
 
     # what the result depends on: a resumed run must have the same
     recipe = {k: v for k, v in vars(args).items() if k not in ("start model resume out ops eval_json id_share mixture law device "
-              "log_every eval_every eval_problems save_every").split()} | {"world": world}
+              "workers log_every eval_every eval_problems save_every").split()} | {"world": world}
     start, tokens_seen, seconds, val = 0, 0, 0.0, None
     metrics = os.path.splitext(args.out)[0] + ".jsonl"
     if args.resume and os.path.exists(args.out):
@@ -370,6 +380,8 @@ def main():
         f" of {args.prompts} prompts x {args.rollouts} rollouts, {args.updates} updates each; reward {args.reward}; learning "
         f"rate {args.lr:g}; {args.dtype} on {device}" + (f", {world} ranks" if world > 1 else "") +
         f", {torch.get_num_threads()} threads")
+    workers = args.workers and ProcessPoolExecutor(args.workers, get_context("spawn"), signal.signal,
+                                                   (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for this process
     interrupted = []
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda *_: interrupted.append(1))  # finish the step, then save
@@ -396,17 +408,28 @@ def main():
         rows = mine(step * args.prompts, args.prompts, mixture, "train")
         prompts = [data.encode(enc, data.prompt_text(row)) for row in rows]
         generator.manual_seed(((SEED + args.seed) * 1_000_003 + step) * world + rank)
+        jobs = []  # (indices of some solutions, what becomes their verdicts)
+
+        def judge(finished):
+            """Verify solutions [(index, ids)]: in a worker, while others are sampled, or here."""
+            for part in (finished[i:i + 64] for i in range(0, len(finished), 64)):
+                pairs = [(rows[j // args.rollouts]["solution"], data.decode(enc, ids)) for j, ids in part]
+                jobs.append(([j for j, _ in part], workers.submit(verdicts, pairs) if workers else verdicts(pairs)))
+
         with precision:
             tokens, old_logprobs = sample(model, prompts, stop_token, args.rollouts, args.max_new, args.temperature,
-                                          generator, args.rows)
+                                          generator, args.rows, progress=judge if workers else None)
         rollout_seconds = time.time() - step_began
 
         # --------------------------------------------------------------------------------------------------------------
         # rewards r_i and advantages A_i
-        verdicts = [verify(rows[j // args.rollouts]["solution"], data.decode(enc, ids)) for j, ids in enumerate(tokens)]
-        noise = np.random.default_rng((args.seed, step, rank)).random(len(verdicts)) < args.reward_noise
+        if not workers:
+            judge(list(enumerate(tokens)))
+        judged = dict(v for indices, job in jobs for v in zip(indices, job.result() if workers else job))
+        judged = [judged[j] for j in range(len(tokens))]
+        noise = np.random.default_rng((args.seed, step, rank)).random(len(judged)) < args.reward_noise
         rewards = torch.tensor([reward(misjudged(v) if wrong else v, args.reward, args.alpha)
-                                for v, wrong in zip(verdicts, noise)])
+                                for v, wrong in zip(judged, noise)])
         advantages = group_advantages(rewards.view(-1, args.rollouts), args.advantage).flatten()
         rollouts = [(prompts[j // args.rollouts] + ids, len(prompts[j // args.rollouts]), old_logprobs[j], advantages[j])
                     for j, ids in enumerate(tokens)]
@@ -473,7 +496,7 @@ def main():
         records = gathered([dict(op=rows[j // args.rollouts]["op"], reward=float(r), outcome=v["outcome"], process=v["process"],
                                  verified=v["verified"], strict=v["strict"], length=len(ids), cut=ids[-1] != stop_token,
                                  read=len(prompts[j // args.rollouts]) + len(ids))
-                            for j, (r, v, ids) in enumerate(zip(rewards, verdicts, tokens))])
+                            for j, (r, v, ids) in enumerate(zip(rewards, judged, tokens))])
         tokens_seen += sum(r["read"] for r in records)
         groups = {}
         for j in range(0, len(records), args.rollouts):

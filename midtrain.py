@@ -32,10 +32,10 @@ from model import build_model, load_checkpoint, peak_flops, sample, save_checkpo
 # Settings that suit a model; each can be set on the command line.
 PRESETS = {
     "tiny": dict(steps=400, batch=64, lr=4e-3, min_lr=0.0, warmup=0.15, weight_decay=0.1, clip=1.0, optimizer="muon",
-                 momentum=0.8, loss="all", micro_tokens=1536, save_every=100, workers=0),
+                 momentum=0.8, loss="all", distractors=4.0, micro_tokens=1536, save_every=100, workers=0),
     # arXiv 2512.07783: up to 2.5B of its tokens at 512k tokens a step
     "100m": dict(steps=4900, batch=1152, lr=1e-4, min_lr=3e-5, warmup=0.15, weight_decay=0.1, clip=1.0, optimizer="adamw",
-                 momentum=0.95, loss="all", micro_tokens=32768, save_every=500, workers=4),
+                 momentum=0.95, loss="all", distractors=2.0, micro_tokens=16384, save_every=500, workers=4),
 }
 
 SEED = 1_000_000  # added to --seed: problems of its own, not those of pre-training over again
@@ -52,7 +52,7 @@ def arguments():
     g.add_argument("--ops", help="op range to learn (default: OOD-edge, up to 1.4 times the largest op of pre-training)")
     g.add_argument("--id-share", type=float, help="share from the range of pre-training (default 0.2)")
     g.add_argument("--mix", help='instead of these two a mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20,school:2-20"')
-    g.add_argument("--distractors", type=float, default=2.0, help="mean number of unneeded sentences (default 2)")
+    g.add_argument("--distractors", type=float, help="mean number of unneeded sentences (default from the preset)")
     g.add_argument("--loss", choices=["all", "solution"], help="tokens with a loss: all, or what follows the prompt")
     g.add_argument("--workers", type=int, help="processes that make problems; 0: made in between")
     g = p.add_argument_group("compute")

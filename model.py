@@ -250,6 +250,8 @@ class Decoder:
     Further letters: T tokens of the longest prompt, S slots for generated tokens, R = H / G.
     """
 
+    captured = True  # on CUDA; the tests compare with plain steps
+
     def __init__(self, model, prompts, n, temperature, generator=None):
         """Reads the prompts (lists of ids) and draws the first token of each row."""
         c, device = model.config, model.embed_tokens.weight.device
@@ -346,7 +348,7 @@ class Decoder:
             positions = torch.arange(self.bias.shape[2] + self.filled + slots, device=self.slot.device)[:, None]
             self.cos, self.sin = rotary_tables(positions, self.D, self.theta)
             self.graph = None
-        if self.kind != "cuda":
+        if self.kind != "cuda" or not self.captured:
             self.write()
         elif self.graph is None:  # a first step with new shapes warms up the libraries; the second is captured
             self.write()
@@ -376,25 +378,24 @@ def sample(model, prompts, stop, n=1, max_new=256, temperature=1.0, generator=No
     """Continue each prompt n times, until the token `stop` or for `max_new` tokens.
 
     prompts: lists of token ids. temperature 0 takes the most likely token. rows: how many rows run at a time.
-    progress: called with the number of finished rows now and then. generator: torch.Generator on the model's device.
+    progress: called now and then with the rows that are finished, [(index of the row, tokens)]. generator: torch.Generator on
+    the model's device.
 
     Returns lists in the order of the prompts, n rows a prompt: tokens (with `stop`, if it came) and, as a float32 tensor
-    of the same length, their log-probabilities under the sampling temperature (under temperature 1 when it is 0).
+    on the CPU, their log-probabilities under the sampling temperature (under temperature 1 when it is 0).
     """
     tokens, logprobs = [None] * (len(prompts) * n), [None] * (len(prompts) * n)
     order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))  # alike lengths together: little padding
     per_batch = max(1, rows // n)
     for first in range(0, len(order), per_batch):
         batch = order[first:first + per_batch]
-        out_tokens, out_logprobs, lengths = _sample_batch(
-            model, [prompts[p] for p in batch], stop, n, max_new, temperature, generator)
-        for j, p in enumerate(batch):
-            for i in range(n):
-                row = j * n + i
-                tokens[p * n + i] = out_tokens[row, :lengths[row]].tolist()
-                logprobs[p * n + i] = out_logprobs[row, :lengths[row]]
+        out_tokens, out_logprobs, lengths = (x.cpu() for x in _sample_batch(
+            model, [prompts[p] for p in batch], stop, n, max_new, temperature, generator))
+        rows_of_batch = [p * n + i for p in batch for i in range(n)]
+        for row, ids, scores, length in zip(rows_of_batch, out_tokens.numpy(), out_logprobs, lengths.tolist()):
+            tokens[row], logprobs[row] = ids[:length].tolist(), scores[:length]
         if progress:
-            progress(len(batch) * n)
+            progress([(row, tokens[row]) for row in rows_of_batch])
     return tokens, logprobs
 
 
@@ -430,7 +431,7 @@ def _sample_batch(model, prompts, stop, n, max_new, temperature, generator):
             decoder.step(uniform[0])
     stopped = out_tokens == stop  # a row that has ended writes on until it is dropped
     lengths = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, max_new)
-    return out_tokens, out_logprobs, lengths.tolist()
+    return out_tokens, out_logprobs, lengths
 
 
 # ----------------------------------------------------------------------------------------------------------------------

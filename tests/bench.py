@@ -2,7 +2,7 @@
 Benchmarks: ratios, measured side by side in one run, since machines and their moods differ.
 
     python tests/bench.py                 all (a few minutes on two cores)
-    python tests/bench.py data verify     only these: data, verify, train, norm, sample
+    python tests/bench.py data verify     only these: data, verify, train, norm, sample, grpo
 
 Figures of the authors' public code are those of one core of another machine, so their ratio is a rough one. Where
 `transformers` is installed (pip install transformers), training and sampling run against Hugging Face's Qwen2 of the
@@ -13,8 +13,11 @@ import math
 import os
 import pathlib
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import asdict
 
 root = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
@@ -109,7 +112,9 @@ def train_steps(model, batches, loss_of):
 
 
 def training_batches(ops):
-    steps = data.TrainingSteps(data.parse_mixture(ops), 64, micro_tokens=2048 if DEVICE == "cpu" else 65536)
+    """As the presets have them: a few problems for a CPU, few shapes for a compiled model."""
+    steps = data.TrainingSteps(data.parse_mixture(ops), 64, micro_tokens=2048) if DEVICE == "cpu" else \
+        data.TrainingSteps(data.parse_mixture(ops), 1152, micro_tokens=16384, fixed=True)
     batches = [tuple(torch.from_numpy(a).to(DEVICE) for a in batch) for s in range(4) for batch in steps[s]]
     return batches, sum(int((x != 0).sum()) for x, _ in batches)
 
@@ -120,7 +125,8 @@ def bench_train():
         model = ours.Transformer(CONFIG).to(DEVICE)
         batches, tokens = training_batches(ops)
         hf = hf_model(model)
-        run = train_steps(model, batches, lambda m, x, y: m.loss(x, y, "mean"))
+        loss = torch.compile(model.loss, dynamic=False) if DEVICE == "cuda" else model.loss
+        run = train_steps(model, batches, lambda _, x, y: loss(x, y, "mean"))
         hf_run = hf and train_steps(hf, batches, lambda m, x, y: torch.nn.functional.cross_entropy(
             m(input_ids=x).logits.flatten(0, 1).float(), y.flatten()))
         mine, theirs = 0.0, 0.0
@@ -128,6 +134,11 @@ def bench_train():
             mine = max(mine, rate(run, tokens, 1))
             theirs = max(theirs, rate(hf_run, tokens, 1)) if hf else 0.0
         row(f"training tokens/s, op {ops}, bf16", mine, theirs, "theirs: Qwen2ForCausalLM, same shape and batches")
+        if DEVICE == "cuda":
+            row("  GPU memory at most, MB", torch.cuda.max_memory_allocated() / 1e6)
+            if peak := ours.peak_flops(torch.cuda.get_device_name()):
+                per_token = model.flops_per_token(tokens / sum(len(x) for x, _ in batches))
+                row("  share of the device's peak (MFU), %", 100 * mine * per_token / peak, 100 * theirs * per_token / peak)
 
 
 def bench_norm():
@@ -148,6 +159,8 @@ def bench_norm():
 def bench_sample():
     sample_batch(32, 8)
     sample_batch(64, 8)  # a step of GRPO with the preset tiny
+    if DEVICE == "cuda":
+        sample_batch(512, 6)
 
 
 @torch.no_grad()
@@ -184,9 +197,25 @@ def sample_batch(n_prompts, n, new=64):
         "theirs: transformers' generate, same weights and batch")
 
 
+def bench_grpo():
+    """Whole steps of grpo.py with the settings of the preset, from random weights, which end no solution before --max-new 192."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        preset = "tiny" if DEVICE == "cpu" else "100m"
+        ours.save_checkpoint(f"{folder}/init.pt", dict(
+            stage="midtrain", config=asdict(CONFIG), model=ours.Transformer(CONFIG).state_dict(), step=0, problems=0,
+            recipe=dict(preset=preset), id_ops=[2, 4] if preset == "tiny" else [2, 10]))
+        subprocess.run([sys.executable, root / "grpo.py", "--preset", preset, *"--init init.pt --out a.pt --max-new 192 --steps 3 "
+                        "--eval-every 9 --eval-problems 8 --reward-noise 0.5".split()], cwd=folder, check=True, capture_output=True)
+        last = json.loads(open(f"{folder}/a.jsonl").read().splitlines()[-1])
+        for name in ("rollout_s", "verify_s", "update_s"):
+            row(f"GRPO step, preset {preset}, {name}, ms", 1000 * last[name])
+        row(f"GRPO step, preset {preset}, sampled tokens/s", last["tokens_per_s"])
+
+
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
           f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else os.uname().machine + ' CPU'}, model {CONFIG}\n")
     print(f"{'':<44}{'ours':>12}{'theirs':>12}{'ratio':>10}")
-    for name in sys.argv[1:] or ["data", "verify", "train", "norm", "sample"]:
+    for name in sys.argv[1:] or ["data", "verify", "train", "norm", "sample", "grpo"]:
         globals()[f"bench_{name}"]()

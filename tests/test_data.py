@@ -721,6 +721,12 @@ def test_a_step_trains_on_its_problems():
     assert rows_of(steps[5]) == sorted(expected)
 
 
+def test_late_steps_have_other_distractors():
+    steps = data.TrainingSteps(MIXTURE, batch_size=24, distractors=0, late=(3, 6))
+    few, many = (data.TrainingSteps(MIXTURE, batch_size=24, distractors=d) for d in (0, 6))
+    assert same(steps[2], few[2]) and same(steps[3], many[3]) and not same(few[3], many[3])
+
+
 @pytest.mark.parametrize("batch_size, world", [(24, 2), (25, 3), (8, 8)])
 def test_the_ranks_share_a_step(batch_size, world):
     whole = data.TrainingSteps(MIXTURE, batch_size)[3]
@@ -756,8 +762,9 @@ def test_fixed_shapes_are_few_and_hold_the_same_rows(micro_tokens):
         batches = steps[s]
         assert rows_of(batches) == rows_of(data.TrainingSteps(MIXTURE, batch_size=150)[s])
         assert all(len(rows_of([batch])) == len(batch[0]) for batch in batches[:-1])  # only the last has rows to spare
+        assert len(rows_of(batches[-1:])) > len(batches[-1][0]) / 2
         shapes |= {x.shape for x, _ in batches}
-    assert shapes <= {(max(1, micro_tokens // T), T) for T in data.LENGTHS}
+    assert shapes <= {(max(1, micro_tokens // T >> halved), T) for T in data.LENGTHS for halved in range(10)}
 
 
 def test_step_s_is_a_pure_function():

@@ -817,6 +817,11 @@ def test_resuming_a_broken_checkpoint_is_refused(tmp_path, init, whole, kind):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pt"]
 
 
+def test_workers_judge_as_the_run_itself(tmp_path, init, whole):
+    assert grpo(tmp_path, init, *SIX, "--workers", 2).code == 0
+    assert_same_run(tmp_path, whole)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # two ranks
 

@@ -180,7 +180,31 @@ def test_cuda_agrees_with_the_cpu():
     torch.testing.assert_close(model(ids.cuda()).cpu(), logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model.loss(ids.cuda(), y.cuda()).cpu(), loss, rtol=1e-4, atol=1e-4)
     tokens, logprobs = sample(model, [[1, 2, 3], [4]], stop=0, n=3, max_new=20, generator=torch.Generator("cuda"))
-    assert_scored_as_by_forward(model.cpu(), [[1, 2, 3], [4]], tokens, [lp.cpu() for lp in logprobs], 3, 1.0)
+    assert_scored_as_by_forward(model.cpu(), [[1, 2, 3], [4]], tokens, logprobs, 3, 1.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_captured_steps_write_what_plain_steps_write(precision, monkeypatch):
+    model, written = biased_model(-1.0).cuda(), []
+    for captured in (True, False):
+        monkeypatch.setattr(M.Decoder, "captured", captured)
+        with torch.autocast("cuda", precision, enabled=precision != torch.float32):
+            written.append(sample(model, PROMPTS, STOP, n=7, max_new=300, generator=torch.Generator("cuda").manual_seed(0)))
+    (tokens, logprobs), (plain_tokens, plain_logprobs) = written
+    assert tokens == plain_tokens and max(map(len, tokens)) > 128  # the cache has grown
+    for a, b in zip(logprobs, plain_logprobs):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_compiled_loss_is_the_eager_one():
+    model, x, y = make_model().cuda(), random_ids(8, 64).cuda(), random_ids(8, 64, seed=2).cuda()
+    y[0, 4:] = -100
+    compiled = torch.compile(model.loss, dynamic=False)
+    torch.testing.assert_close(compiled(x, y), model.loss(x, y), rtol=1e-4, atol=1e-4)
+    with torch.autocast("cuda", torch.bfloat16):
+        torch.testing.assert_close(compiled(x, y), model.loss(x, y), rtol=2e-2, atol=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -250,7 +274,8 @@ def test_sampled_rows_are_scored_as_by_forward(temperature, rows):
                               generator=torch.Generator().manual_seed(0), progress=done.append)
     assert_scored_as_by_forward(model, PROMPTS, tokens, logprobs, 3, temperature)
     assert_stops_well(tokens, 20)
-    assert sum(done) == len(PROMPTS) * 3 and len(done) == {1: 6, 7: 3, 1024: 1}[rows]
+    assert len(done) == {1: 6, 7: 3, 1024: 1}[rows]
+    assert sorted(itertools.chain(*done)) == list(enumerate(tokens))
 
 
 def test_greedy_is_the_naive_loop():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import data
+import pretrain as P
 from conftest import (BROKEN, ROOT, TINY, assert_refused, checkpoint_with, checkpoint_without, is_finite, metrics, put, run,
                       run_ranks, same)
 from model import build_model, load_checkpoint
@@ -143,6 +144,27 @@ def test_two_ranks_train_as_one(two_ranks, whole_float32):
 def test_two_ranks_count_tokens_as_one(two_ranks, whole_float32):
     counts = [[row["tokens"] for row in metrics(path.with_suffix(".jsonl"))] for path in (two_ranks, whole_float32)]
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("arguments, distractors", [
+    ("", (2, 5)), ("--distractors 3", (3, 3)), ("--late-distractors 4", (2, 4)), ("--distractors 0 --late-distractors 1", (0, 1))])
+def test_distractors_of_the_first_and_the_last_steps(tmp_path, monkeypatch, arguments, distractors):
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "--preset", "tiny", "--out", str(tmp_path / "a.pt"), *arguments.split()])
+    _, args = P.arguments()
+    assert (args.distractors, args.late_distractors) == distractors
+
+
+def test_the_name_of_a_quantity_starts_out_with_its_parts(tmp_path):
+    start = []
+    for parts in (0, 2):
+        assert pretrain(tmp_path, "--steps", 1, "--lr", 0, "--name-parts", parts, "--out", "a.pt").code == 0
+        start.append(load_checkpoint(tmp_path / "a.pt")["model"]["embed_tokens.weight"])
+    without, with_parts = start
+    names = data.name_parts(data.tokenizer())
+    for name, parts in names.items():
+        torch.testing.assert_close(with_parts[name], without[name] + 2 * without[parts].sum(0))
+    others = [i for i in range(len(without)) if i not in names]
+    assert torch.equal(with_parts[others], without[others])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
