@@ -556,16 +556,16 @@ def test_a_bandit_is_solved():
     torch.manual_seed(0)
     model, generator = make_model(n_layers=1, vocab_size=8), torch.Generator().manual_seed(0)
     reference = make_model(n_layers=1, vocab_size=8)
-    optimizer, prompts, means = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0), [[1], [2], [3]], []
+    optimizer, prompts, means = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0), [[1], [2], [3]], []
     with torch.no_grad():
         for m in (model, reference):
             m.norm.weight *= 0.3  # near chance
-    for _ in range(40):
-        tokens, old = sample(model, prompts, 0, 32, 3, 1.0, generator)
-        rewards = torch.tensor([[0.5 * (ids[0] == k + 1) + 0.5 * (ids == [k + 1, 0]) for ids in tokens[32 * j:32 * j + 32]]
+    for _ in range(60):
+        tokens, old = sample(model, prompts, 0, 64, 3, 1.0, generator)
+        rewards = torch.tensor([[0.5 * (ids[0] == k + 1) + 0.5 * (ids == [k + 1, 0]) for ids in tokens[64 * j:64 * j + 64]]
                                 for j, (k,) in enumerate(prompts)])
         means.append(float(rewards.mean()))
-        A, pairs = group_advantages(rewards).flatten(), [(prompts[j // 32] + ids, 1) for j, ids in enumerate(tokens)]
+        A, pairs = group_advantages(rewards).flatten(), [(prompts[j // 64] + ids, 1) for j, ids in enumerate(tokens)]
         where = solution_tokens(pairs)
         for _ in range(2):
             logprobs, _ = model.logprobs(*where)
