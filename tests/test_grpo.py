@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -14,7 +16,8 @@ import torch
 
 import data
 import grpo as G
-from conftest import BROKEN, assert_refused, checkpoint_with, checkpoint_without, is_finite, metrics, put, run, same
+from conftest import (BROKEN, ROOT, assert_refused, checkpoint_with, checkpoint_without, is_finite, metrics, put, run,
+                      same)
 from grpo import group_advantages, grpo_loss, misjudged
 from model import Config, Transformer, build_model, load_checkpoint, sample, save_checkpoint
 from verify import reward, verify
@@ -817,9 +820,16 @@ def test_resuming_a_broken_checkpoint_is_refused(tmp_path, init, whole, kind):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.pt"]
 
 
-def test_workers_judge_as_the_run_itself(tmp_path, init, whole):
-    assert grpo(tmp_path, init, *SIX, "--workers", 2).code == 0
-    assert_same_run(tmp_path, whole)
+def test_workers_judge_as_the_run_itself(tmp_path, init):
+    """As typed in a shell: workers start from the script itself."""
+    runs = []
+    for workers in "02":
+        done = subprocess.run([sys.executable, ROOT / "grpo.py", "--init", init, "--out", f"{workers}.pt", *SIX, "--steps", "2",
+                               *f"--device cpu --dtype float32 --prompts 4 --rollouts 4 --max-new 40 --workers {workers}".split()],
+                              cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        runs.append([{k: v for k, v in row.items() if k not in TIMES} for row in metrics(tmp_path / f"{workers}.jsonl")])
+    assert runs[0] == runs[1] and len(runs[0]) == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
