@@ -256,7 +256,7 @@ class Decoder:
         """Reads the prompts (lists of ids) and draws the first token of each row."""
         c, device = model.config, model.embed_tokens.weight.device
         self.G, self.R, self.D = c.n_kv_heads, c.n_heads // c.n_kv_heads, c.width // c.n_heads
-        self.n, self.temperature, self.generator, self.eps, self.theta = n, temperature, generator, c.eps, c.rope_theta
+        self.n, self.temperature, self.eps, self.theta = n, temperature, c.eps, c.rope_theta
         self.kind = device.type
         self.dtype = torch.get_autocast_dtype(self.kind) if torch.is_autocast_enabled(self.kind) else torch.float32
         self.lengths = torch.tensor([len(p) for p in prompts], device=device)  # (P,)
@@ -266,11 +266,13 @@ class Decoder:
             ids[p, :len(prompt)] = torch.tensor(prompt)
 
         self.prompt = [None] * c.n_layers     # keys and values of the prompts, each (P * G, T, D)
+
         def keep_kv(layer):
             def attend(q, k, v):
                 self.prompt[layer] = tuple(x.to(self.dtype).reshape(P * self.G, T, self.D) for x in (k, v))
                 return causal_attention(q, k, v)
             return attend
+
         hidden = model.hidden(ids.to(device), attend=[keep_kv(i) for i in range(c.n_layers)])
         hidden = hidden[torch.arange(P, device=device), self.lengths - 1]  # padding is on the right: no token sees any
         padding = torch.arange(T, device=device) >= self.lengths[:, None]
