@@ -691,7 +691,7 @@ def cut(rows, micro_tokens):
     return batches
 
 
-LENGTHS = *range(32, 513, 32), 768, 1024, 2048, 4096
+LENGTHS = *range(32, 257, 16), *range(288, 513, 32), 768, 1024, 2048, 4096  # half-full rows cost more than a program
 
 
 def cut_to_few_shapes(rows, micro_tokens):

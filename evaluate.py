@@ -145,7 +145,7 @@ def evaluate(model, problem_rows, args, rank=0, world=1, progress=None):
     """
     enc = data.tokenizer()
     stop = enc.encode_single_token(data.END)
-    generator = torch.Generator(args.device).manual_seed(args.seed + rank)
+    generator, room = torch.Generator(args.device).manual_seed(args.seed + rank), {}
     fast = args.device.startswith("cuda") or torch.cpu._is_avx512_bf16_supported()
     precision = torch.autocast(torch.device(args.device).type, torch.bfloat16) if fast else nullcontext()
     records = []
@@ -158,7 +158,7 @@ def evaluate(model, problem_rows, args, rank=0, world=1, progress=None):
         with precision:
             tokens, _ = sample(model, [ids[:n_prompt] for ids, n_prompt in encoded], stop, args.n,
                                max_new=longest * 3 // 2 + 16, temperature=args.temperature, generator=generator,
-                               rows=args.rows, progress=progress)
+                               rows=args.rows, progress=progress, room=room)
         for j, row in enumerate(rows):
             mine = tokens[j * args.n:(j + 1) * args.n]
             texts = [data.decode(enc, ids) for ids in mine]

@@ -316,7 +316,7 @@ def main():
 
     enc = data.tokenizer()
     stop_token = enc.encode_single_token(data.END)
-    generator = torch.Generator(device)
+    generator, room = torch.Generator(device), {}  # room: where sampling keeps its CUDA graphs from step to step
     allowance = args.budget * args.rl_share / RL_COST if args.budget is not None else math.inf
 
     def finished(step):
@@ -345,7 +345,7 @@ def main():
             generator.manual_seed(rank)
             with precision:
                 tokens, _ = sample(model, [data.encode(enc, data.prompt_text(row)) for row in rows], stop_token, 4,
-                                   args.max_new, temperature=0.7, generator=generator, rows=args.rows)
+                                   args.max_new, temperature=0.7, generator=generator, rows=args.rows, room=room)
             right[name] = float(np.mean(gathered([verify(rows[j // 4]["solution"], data.decode(enc, ids))["verified"]
                                                   for j, ids in enumerate(tokens)])))
         return right
@@ -418,7 +418,7 @@ def main():
 
         with precision:
             tokens, old_logprobs = sample(model, prompts, stop_token, args.rollouts, args.max_new, args.temperature,
-                                          generator, args.rows, progress=judge if workers else None)
+                                          generator, args.rows, progress=judge if workers else None, room=room)
         rollout_seconds = time.time() - step_began
 
         # --------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ PRESETS = {
                  momentum=0.8, loss="all", distractors=4.0, micro_tokens=1536, save_every=100, workers=0),
     # arXiv 2512.07783: up to 2.5B of its tokens at 512k tokens a step
     "100m": dict(steps=4900, batch=1152, lr=1e-4, min_lr=3e-5, warmup=0.15, weight_decay=0.1, clip=1.0, optimizer="adamw",
-                 momentum=0.95, loss="all", distractors=2.0, micro_tokens=16384, save_every=500, workers=4),
+                 momentum=0.95, loss="all", distractors=2.0, micro_tokens=8192, save_every=500, workers=4),
 }
 
 SEED = 1_000_000  # added to --seed: problems of its own, not those of pre-training over again
@@ -226,8 +226,10 @@ def main():
                                          generator=torch.Generator())  # its own: it must not draw from the run's
     held_out = list(itertools.chain(*(tensors(stream("eval")[s])[0] for s in range(-(-256 // args.batch)))))
 
-    torch._dynamo.config.recompile_limit = 64  # a program for each shape, and there are few (data.LENGTHS)
-    loss_of = torch.compile(model.loss, dynamic=False) if args.compile else model.loss
+    if args.compile:  # one layer at a time: a single program a shape, for all layers, and there are few shapes (data.LENGTHS)
+        torch._dynamo.config.recompile_limit = 64
+        for layer in model.layers:
+            layer.compile(dynamic=False)
 
     def to_device(batch):
         return [a.to(device, non_blocking=True) for a in batch]
@@ -242,7 +244,7 @@ def main():
         for batch in micro_batches:
             x, y = to_device(batch)
             with precision:
-                loss = loss_of(x, y) / count
+                loss = model.loss(x, y) / count
             loss.backward()
             total += loss.detach()
         if world > 1:
@@ -259,7 +261,7 @@ def main():
         for batch in held_out:
             x, y = to_device(batch)
             with precision:
-                total += float(loss_of(x, y))
+                total += float(model.loss(x, y))
             count += float((y != data.IGNORE).sum())
         return total / count
 
@@ -275,11 +277,12 @@ def main():
         f"mixture {args.mix}; {args.steps} steps of {args.batch} problems; {args.optimizer}, learning rate {args.lr:g}; "
         f"{args.dtype} on {device}" + (f", {world} ranks" if world > 1 else "") + f", {torch.get_num_threads()} threads")
     if start < args.steps:
-        for _ in range(2):  # the first pass warms up
+        probe = tensors(train[start])
+        for _ in range(2):  # the first pass warms up, and compiles
             then = time.time()
-            float(accumulate(*tensors(train[start]))[0])
+            float(accumulate(*probe)[0])
             model.zero_grad(set_to_none=True)
-        say(f"expected time: about {(time.time() - then) * (args.steps - start) * 1.15 / 60:.1f} minutes")
+        say(f"expected time: about {(time.time() - then) * (args.steps - start) * 1.2 / 60:.1f} minutes")
 
     # ------------------------------------------------------------------------------------------------------------------
     # train

@@ -9,6 +9,7 @@ there and back by renaming (`to_hf`, `from_hf`), and `python model.py CKPT --to-
 Letters in shape comments: B rows, T tokens, C width, H heads, G key-value heads, D width of a head.
 """
 import argparse
+import math
 import os
 from dataclasses import dataclass, fields
 
@@ -190,8 +191,8 @@ class Transformer(nn.Module):
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         cos, sin = rotary_tables(positions[:, None], self.layers[0].self_attn.head_dim, self.config.rope_theta)
         x = self.embed_tokens(ids)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, attend[i] if attend else causal_attention)
+        for i, layer in enumerate(self.layers):  # a layer may be compiled, for training and not for each `attend`
+            x = layer.forward(x, cos, sin, attend[i]) if attend else layer(x, cos, sin, causal_attention)
         return self.norm(x)
 
     def head(self, hidden):
@@ -247,20 +248,26 @@ class Decoder:
     Each prompt is kept once and its n rows read it together: one matrix product for all of them. The continuations have
     all the same length, so they need no scatter. What a step does is mostly small operations, so there are few of them:
     the weights are laid out for it (see `__init__`), and on CUDA a step is captured once for each shape and replayed.
+    A captured step reads and writes the same addresses for ever. So there all that it touches lies in `room`, a dict that
+    outlives the decoder, and shapes are rounded up to few: the next rollouts, with new weights, find their graphs there.
     Further letters: T tokens of the longest prompt, S slots for generated tokens, R = H / G.
     """
 
-    captured = True  # on CUDA; the tests compare with plain steps
+    static = None  # whether to work like this; None: on CUDA. The tests set it
 
-    def __init__(self, model, prompts, n, temperature, generator=None):
+    def __init__(self, model, prompts, n, temperature, generator=None, room=None):
         """Reads the prompts (lists of ids) and draws the first token of each row."""
         c, device = model.config, model.embed_tokens.weight.device
         self.G, self.R, self.D = c.n_kv_heads, c.n_heads // c.n_kv_heads, c.width // c.n_heads
         self.n, self.temperature, self.eps, self.theta = n, temperature, c.eps, c.rope_theta
         self.kind = device.type
+        self.static = self.kind == "cuda" if Decoder.static is None else Decoder.static
+        self.room = {} if room is None else room
+        self.graphs = self.room.setdefault("graphs", {})
         self.dtype = torch.get_autocast_dtype(self.kind) if torch.is_autocast_enabled(self.kind) else torch.float32
-        self.lengths = torch.tensor([len(p) for p in prompts], device=device)  # (P,)
+        self.lengths = self.place("lengths", torch.tensor([len(p) for p in prompts], device=device))  # (P,)
         P, T = len(prompts), max(map(len, prompts))
+        T += -T % 32 if self.static else 0
         ids = torch.zeros(P, T, dtype=torch.long)
         for p, prompt in enumerate(prompts):
             ids[p, :len(prompt)] = torch.tensor(prompt)
@@ -269,7 +276,8 @@ class Decoder:
 
         def keep_kv(layer):
             def attend(q, k, v):
-                self.prompt[layer] = tuple(x.to(self.dtype).reshape(P * self.G, T, self.D) for x in (k, v))
+                self.prompt[layer] = self.place_kv("prompt", layer, (x.to(self.dtype).reshape(P * self.G, T, self.D)
+                                                                     for x in (k, v)))
                 return causal_attention(q, k, v)
             return attend
 
@@ -277,27 +285,39 @@ class Decoder:
         hidden = hidden[torch.arange(P, device=device), self.lengths - 1]  # padding is on the right: no token sees any
         padding = torch.arange(T, device=device) >= self.lengths[:, None]
         self.bias = torch.zeros(P, 1, T, dtype=self.dtype, device=device).masked_fill(padding[:, None], -torch.inf)
-        self.bias = self.bias.repeat_interleave(self.G, 0)                 # (P * G, 1, T): -inf on padding
+        self.bias = self.place("bias", self.bias.repeat_interleave(self.G, 0))  # (P * G, 1, T): -inf on padding
         self.generated = [tuple(x.new_empty(P * self.G * n, 0, self.D) for x in kv) for kv in self.prompt]
-        self.filled = 0                                                    # tokens a row in `generated`
-        self.slot = torch.zeros(1, dtype=torch.long, device=device)        # the same, on the device
-        self.cos, self.sin = rotary_tables(torch.zeros(0, 1, device=device), self.D, self.theta)
+        self.filled = 0                                                         # tokens a row in `generated`
+        self.slot = self.place("slot", torch.zeros(1, dtype=torch.long, device=device))  # the same, on the device
 
         # q, k, v and gate, up side by side; the norm's weight before them and the scale of the attention folded in
         self.weights = []
-        for layer in model.layers:
+        for i, layer in enumerate(model.layers):
             a, m = layer.self_attn, layer.mlp
             qkv = torch.cat((a.q_proj.weight * self.D ** -0.5, a.k_proj.weight, a.v_proj.weight))
             qkv_bias = torch.cat((a.q_proj.bias * self.D ** -0.5, a.k_proj.bias, a.v_proj.bias))
             gate_up = torch.cat((m.gate_proj.weight, m.up_proj.weight)) * layer.post_attention_layernorm.weight
             weights = qkv * layer.input_layernorm.weight, a.o_proj.weight, gate_up, m.down_proj.weight
-            self.weights.append((qkv_bias.to(self.dtype), *(w.to(self.dtype).T for w in weights)))
-        self.embedding = model.embed_tokens.weight.detach()
-        self.head = (self.embedding * model.norm.weight).to(self.dtype).T
-        self.graph = None
+            self.weights.append((self.place(f"bias of {i}", qkv_bias.to(self.dtype)), *(
+                self.place(f"weights {j} of {i}", w.to(self.dtype)).T for j, w in enumerate(weights))))
+        self.embedding = self.place("embedding", model.embed_tokens.weight.detach())
+        self.head = self.place("head", (self.embedding * model.norm.weight).to(self.dtype)).T
 
-        self.uniform = torch.rand(P * n, generator=generator, device=device)
-        self.token, self.logprob = self.draw(model.head(hidden).repeat_interleave(n, 0))  # (B,), what a step writes
+        self.uniform = self.place("uniform", torch.rand(P * n, generator=generator, device=device))
+        token, logprob = self.draw(model.head(hidden).repeat_interleave(n, 0))
+        self.token, self.logprob = self.place("token", token), self.place("logprob", logprob)  # (B,), what a step writes
+
+    def place(self, name, x):
+        """x; on CUDA a copy of it in the room, under the same name always at the same address."""
+        if not self.static:
+            return x
+        if name not in self.room or self.room[name].numel() < x.numel():
+            self.room[name] = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
+            self.graphs.clear()  # they would still use the old address
+        return self.room[name][:x.numel()].view(x.shape).copy_(x)
+
+    def place_kv(self, what, layer, kv):
+        return tuple(self.place(f"{what} {name} of {layer}", x) for name, x in zip(("keys", "values"), kv))
 
     def draw(self, logits):
         """Logits (B, vocabulary) -> tokens (B,) and their log-probabilities (B,)."""
@@ -320,7 +340,8 @@ class Decoder:
         P, T, H = B // n, self.bias.shape[2], G * R
         positions = (self.lengths + self.slot).repeat_interleave(n)
         cos, sin = self.cos[positions], self.sin[positions]                                       # (B, 1, D)
-        empty = torch.where(torch.arange(S, device=self.slot.device) <= self.slot, 0.0, -torch.inf).to(self.dtype)
+        empty = torch.zeros(S, dtype=self.dtype, device=self.slot.device)
+        empty.masked_fill_(torch.arange(S, device=self.slot.device) > self.slot, -torch.inf)
         x = self.embedding[self.token]
         for (qkv_bias, qkv, o, gate_up, down), (pk, pv), (gk, gv) in zip(self.weights, self.prompt, self.generated):
             y = torch.addmm(qkv_bias, self.unit(x), qkv)                                          # (B, (H + 2 G) D)
@@ -344,44 +365,58 @@ class Decoder:
     def step(self, uniform):
         """Write the next token of each row; uniform (B,) in [0, 1) decides which."""
         self.uniform.copy_(uniform)
-        if self.filled == self.generated[0][0].shape[1]:
-            slots = 32 if self.kind == "cpu" else 128
-            self.generated = [tuple(F.pad(x, (0, 0, 0, slots)) for x in kv) for kv in self.generated]
-            positions = torch.arange(self.bias.shape[2] + self.filled + slots, device=self.slot.device)[:, None]
-            self.cos, self.sin = rotary_tables(positions, self.D, self.theta)
-            self.graph = None
-        if self.kind != "cuda" or not self.captured:
-            self.write()
-        elif self.graph is None:  # a first step with new shapes warms up the libraries; the second is captured
-            self.write()
-            self.graph = False
+        S = self.generated[0][0].shape[1]
+        if self.filled == S:
+            S += 128 if self.static else 32
+            self.generated = [self.place_kv("generated", i, (F.pad(x, (0, 0, 0, S - self.filled)) for x in kv))
+                              for i, kv in enumerate(self.generated)]
+            positions = torch.arange(self.bias.shape[2] + S, device=self.slot.device)[:, None]
+            cos, sin = rotary_tables(positions, self.D, self.theta)
+            self.cos, self.sin = self.place("cos", cos), self.place("sin", sin)
+        if self.kind == "cuda":
+            self.replay()
         else:
-            if not self.graph:
-                self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):
-                    self.write()
-            self.graph.replay()
+            self.write()
         self.filled += 1
+
+    def replay(self):
+        """`write` as a CUDA graph. A first step of a shape is a plain one, to warm up the libraries; the second is captured."""
+        shape = len(self.lengths), self.n, self.bias.shape[2], self.generated[0][0].shape[1], self.temperature
+        if shape not in self.graphs:
+            self.write()
+            self.graphs[shape] = None
+            return
+        if self.graphs[shape] is None:
+            self.graphs[shape] = torch.cuda.CUDAGraph()
+            if "pool" not in self.room:  # one for all graphs: none leaves anything in it
+                self.room["pool"] = torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(self.graphs[shape], pool=self.room["pool"]):
+                self.write()
+        self.graphs[shape].replay()
 
     def keep(self, prompts, rows):
         """Keep these prompts (P',) and of each these rows (P', n')."""
         P, n, G = len(self.lengths), self.n, self.G
-        self.token, self.logprob = (x.view(P, n)[prompts].gather(1, rows).flatten() for x in (self.token, self.logprob))
-        self.uniform = torch.empty_like(self.logprob)
-        self.bias = self.bias.unflatten(0, (P, G))[prompts].flatten(0, 1)
-        self.prompt = [tuple(x.unflatten(0, (P, G))[prompts].flatten(0, 1) for x in kv) for kv in self.prompt]
-        self.generated = [tuple(x.unflatten(0, (P, G, n))[prompts[:, None], :, rows].transpose(1, 2).flatten(0, 2)
-                                for x in kv) for kv in self.generated]
-        self.lengths, self.n, self.graph = self.lengths[prompts], rows.shape[1], None
+        self.token, self.logprob = (self.place(name, x.view(P, n)[prompts].gather(1, rows).flatten())
+                                    for name, x in (("token", self.token), ("logprob", self.logprob)))
+        self.uniform = self.place("uniform", torch.empty_like(self.logprob))
+        self.bias = self.place("bias", self.bias.unflatten(0, (P, G))[prompts].flatten(0, 1))
+        self.prompt = [self.place_kv("prompt", i, (x.unflatten(0, (P, G))[prompts].flatten(0, 1) for x in kv))
+                       for i, kv in enumerate(self.prompt)]
+        self.generated = [self.place_kv("generated", i, (
+            x.unflatten(0, (P, G, n))[prompts[:, None], :, rows].transpose(1, 2).flatten(0, 2) for x in kv))
+                          for i, kv in enumerate(self.generated)]
+        self.lengths, self.n = self.place("lengths", self.lengths[prompts]), rows.shape[1]
 
 
 @torch.no_grad()
-def sample(model, prompts, stop, n=1, max_new=256, temperature=1.0, generator=None, rows=1024, progress=None):
+def sample(model, prompts, stop, n=1, max_new=256, temperature=1.0, generator=None, rows=1024, progress=None, room=None):
     """Continue each prompt n times, until the token `stop` or for `max_new` tokens.
 
     prompts: lists of token ids. temperature 0 takes the most likely token. rows: how many rows run at a time.
     progress: called now and then with the rows that are finished, [(index of the row, tokens)]. generator: torch.Generator on
-    the model's device.
+    the model's device. room: a dict, {} at first, that keeps memory and captured steps for later calls with the same model;
+    only on CUDA is anything put there.
 
     Returns lists in the order of the prompts, n rows a prompt: tokens (with `stop`, if it came) and, as a float32 tensor
     on the CPU, their log-probabilities under the sampling temperature (under temperature 1 when it is 0).
@@ -389,10 +424,11 @@ def sample(model, prompts, stop, n=1, max_new=256, temperature=1.0, generator=No
     tokens, logprobs = [None] * (len(prompts) * n), [None] * (len(prompts) * n)
     order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))  # alike lengths together: little padding
     per_batch = max(1, rows // n)
+    room = {} if room is None else room
     for first in range(0, len(order), per_batch):
         batch = order[first:first + per_batch]
         out_tokens, out_logprobs, lengths = (x.cpu() for x in _sample_batch(
-            model, [prompts[p] for p in batch], stop, n, max_new, temperature, generator))
+            model, [prompts[p] for p in batch], stop, n, max_new, temperature, generator, room))
         rows_of_batch = [p * n + i for p in batch for i in range(n)]
         for row, ids, scores, length in zip(rows_of_batch, out_tokens.numpy(), out_logprobs, lengths.tolist()):
             tokens[row], logprobs[row] = ids[:length].tolist(), scores[:length]
@@ -401,8 +437,8 @@ def sample(model, prompts, stop, n=1, max_new=256, temperature=1.0, generator=No
     return tokens, logprobs
 
 
-def _sample_batch(model, prompts, stop, n, max_new, temperature, generator):
-    decoder = Decoder(model, prompts, n, temperature, generator)
+def _sample_batch(model, prompts, stop, n, max_new, temperature, generator, room):
+    decoder = Decoder(model, prompts, n, temperature, generator, room)
     kind, device = decoder.kind, decoder.token.device
     look, full_enough = (8, 0.8) if kind == "cpu" else (16, 0.5)
     out_tokens = torch.full((len(prompts) * n, max_new), stop, device=device)
@@ -421,12 +457,16 @@ def _sample_batch(model, prompts, stop, n, max_new, temperature, generator):
             # drop finished prompts and rows; not at each step, since looking waits for the device
             alive &= (tokens != stop).all(1).view_as(alive)
             per_prompt = alive.sum(1)
-            if t + look >= max_new or not per_prompt.any():
+            n_prompts, n_rows = int((per_prompt > 0).sum()), int(per_prompt.max())
+            if t + look >= max_new or not n_prompts:
                 break
-            if int((per_prompt > 0).sum() * per_prompt.max()) <= full_enough * alive.numel():
-                prompts_left = per_prompt.nonzero()[:, 0]
+            if decoder.static:  # few shapes: a half, a quarter, ... of the prompts, some of which may have ended, and all rows
+                halvings = int(math.log2(len(alive) / n_prompts))
+                n_prompts, n_rows = len(alive) >> halvings, alive.shape[1]
+            if n_prompts * n_rows <= full_enough * alive.numel():
+                prompts_left = (per_prompt > 0).sort(descending=True, stable=True).indices[:n_prompts]
                 alive_first = alive[prompts_left].sort(dim=1, descending=True, stable=True).indices
-                rows_left = alive_first[:, :int(per_prompt.max())]
+                rows_left = alive_first[:, :n_rows]
                 decoder.keep(prompts_left, rows_left)
                 row_of, alive = (x[prompts_left].gather(1, rows_left) for x in (row_of, alive))
                 uniform = uniform[:, :alive.numel()]

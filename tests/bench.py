@@ -2,7 +2,7 @@
 Benchmarks: ratios, measured side by side in one run, since machines and their moods differ.
 
     python tests/bench.py                 all (a few minutes on two cores)
-    python tests/bench.py data verify     only these: data, verify, train, norm, sample, grpo
+    python tests/bench.py data verify     only these: data, verify, train, norm, sample, grpo, cost (of the whole recipe)
 
 Figures of the authors' public code are those of one core of another machine, so their ratio is a rough one. Where
 `transformers` is installed (pip install transformers), training and sampling run against Hugging Face's Qwen2 of the
@@ -32,7 +32,9 @@ AUTHORS_PROBLEMS_PER_S = {2: 372, 3: 99, 4: 1685, 5: 1259, 8: 791, 10: 258, 12: 
 AUTHORS_REWARDS_PER_S = 5100  # the upper end of 4,600-5,100
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRECISION = dict(device_type=DEVICE, dtype=torch.bfloat16)
-CONFIG = ours.CONFIGS["tiny" if DEVICE == "cpu" else "100m"]
+PRESET = "tiny" if DEVICE == "cpu" else "100m"
+CONFIG = ours.CONFIGS[PRESET]
+measured = {}  # for bench_cost
 
 
 def row(what, ours_, theirs=None, unit=""):
@@ -97,14 +99,15 @@ def hf_model(model):
     return hf
 
 
-def train_steps(model, batches, loss_of):
+def train_steps(model, steps, loss_of):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def run():
-        for x, y in batches:
-            with torch.autocast(**PRECISION):
-                loss = loss_of(model, x, y)
-            loss.backward()
+        for batches in steps:
+            for x, y in batches:
+                with torch.autocast(**PRECISION):
+                    loss = loss_of(model, x, y) / len(batches)
+                loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     run()  # warm up
@@ -112,39 +115,46 @@ def train_steps(model, batches, loss_of):
 
 
 def training_batches(ops):
-    """As the presets have them: a few problems for a CPU, few shapes for a compiled model."""
+    """As the presets have them: a few problems for a CPU, few shapes for a compiled model. -> [micro-batches of a step],
+    tokens without padding and with it."""
     steps = data.TrainingSteps(data.parse_mixture(ops), 64, micro_tokens=2048) if DEVICE == "cpu" else \
-        data.TrainingSteps(data.parse_mixture(ops), 1152, micro_tokens=16384, fixed=True)
-    batches = [tuple(torch.from_numpy(a).to(DEVICE) for a in batch) for s in range(4) for batch in steps[s]]
-    return batches, sum(int((x != 0).sum()) for x, _ in batches)
+        data.TrainingSteps(data.parse_mixture(ops), 1152, micro_tokens=8192, fixed=True)
+    batches = [[tuple(torch.from_numpy(a).to(DEVICE) for a in batch) for batch in steps[s]] for s in range(4)]
+    return batches, sum(int((x != 0).sum()) for x, _ in sum(batches, [])), sum(x.numel() for x, _ in sum(batches, []))
 
 
 def bench_train():
     torch.manual_seed(0)
     for ops in ("2-4", "2-10"):
         model = ours.Transformer(CONFIG).to(DEVICE)
-        batches, tokens = training_batches(ops)
+        batches, tokens, padded = training_batches(ops)
         hf = hf_model(model)
-        loss = torch.compile(model.loss, dynamic=False) if DEVICE == "cuda" else model.loss
-        run = train_steps(model, batches, lambda _, x, y: loss(x, y, "mean"))
+        if DEVICE == "cuda":  # as pretrain.py does
+            torch._dynamo.config.recompile_limit = 64
+            for layer in model.layers:
+                layer.compile(dynamic=False)
+        run = train_steps(model, batches, lambda m, x, y: m.loss(x, y, "mean"))
         hf_run = hf and train_steps(hf, batches, lambda m, x, y: torch.nn.functional.cross_entropy(
             m(input_ids=x).logits.flatten(0, 1).float(), y.flatten()))
         mine, theirs = 0.0, 0.0
         for _ in range(3):  # in turns, so that a slow moment of the machine meets both
             mine = max(mine, rate(run, tokens, 1))
             theirs = max(theirs, rate(hf_run, tokens, 1)) if hf else 0.0
+        measured["train"] = mine
         row(f"training tokens/s, op {ops}, bf16", mine, theirs, "theirs: Qwen2ForCausalLM, same shape and batches")
         if DEVICE == "cuda":
             row("  GPU memory at most, MB", torch.cuda.max_memory_allocated() / 1e6)
             if peak := ours.peak_flops(torch.cuda.get_device_name()):
-                per_token = model.flops_per_token(tokens / sum(len(x) for x, _ in batches))
+                per_token = model.flops_per_token(tokens / sum(len(x) for x, _ in sum(batches, [])))
                 row("  share of the device's peak (MFU), %", 100 * mine * per_token / peak, 100 * theirs * per_token / peak)
+                row("  the same, padding counted as work, %", 100 * mine * per_token / peak * padded / tokens,
+                    100 * theirs * per_token / peak * padded / tokens)
 
 
 def bench_norm():
     """Whole training steps with our RMSNorm against F.rms_norm."""
     torch.manual_seed(0)
-    batches, tokens = training_batches("2-4")
+    batches, tokens, _ = training_batches("2-4")
     run = train_steps(ours.Transformer(CONFIG).to(DEVICE), batches, lambda m, x, y: m.loss(x, y, "mean"))
     written_out = ours.RMSNormCPU.apply
     rates = {}
@@ -170,12 +180,12 @@ def sample_batch(n_prompts, n, new=64):
     enc = data.tokenizer()
     rows = [data.make_row(i, data.parse_mixture("2-10")) for i in range(n_prompts)]
     prompts = [data.encode(enc, data.prompt_text(r)) for r in rows]
-    count = n_prompts * n * new
+    count, room = n_prompts * n * new, {}
     nowhere = CONFIG.vocab_size  # a stop token that never comes: both sides write the same number of tokens
 
     def mine():
         with torch.autocast(**PRECISION):
-            tokens, _ = ours.sample(model, prompts, nowhere, n=n, max_new=new)
+            tokens, _ = ours.sample(model, prompts, nowhere, n=n, max_new=new, rows=3072, room=room)
         assert sum(map(len, tokens)) == count
 
     hf = hf_model(model)
@@ -201,21 +211,39 @@ def bench_grpo():
     """Whole steps of grpo.py with the settings of the preset, from random weights, which end no solution before --max-new 192."""
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        preset = "tiny" if DEVICE == "cpu" else "100m"
         ours.save_checkpoint(f"{folder}/init.pt", dict(
             stage="midtrain", config=asdict(CONFIG), model=ours.Transformer(CONFIG).state_dict(), step=0, problems=0,
-            recipe=dict(preset=preset), id_ops=[2, 4] if preset == "tiny" else [2, 10]))
-        subprocess.run([sys.executable, root / "grpo.py", "--preset", preset, *"--init init.pt --out a.pt --max-new 192 --steps 3 "
+            recipe=dict(preset=PRESET), id_ops=[2, 4] if PRESET == "tiny" else [2, 10]))
+        subprocess.run([sys.executable, root / "grpo.py", "--preset", PRESET, *"--init init.pt --out a.pt --max-new 192 --steps 3 "
                         "--eval-every 9 --eval-problems 8 --reward-noise 0.5".split()], cwd=folder, check=True, capture_output=True)
         last = json.loads(open(f"{folder}/a.jsonl").read().splitlines()[-1])
         for name in ("rollout_s", "verify_s", "update_s"):
-            row(f"GRPO step, preset {preset}, {name}, ms", 1000 * last[name])
-        row(f"GRPO step, preset {preset}, sampled tokens/s", last["tokens_per_s"])
+            row(f"GRPO step, preset {PRESET}, {name}, ms", 1000 * last[name])
+        row(f"GRPO step, preset {PRESET}, sampled tokens/s", last["tokens_per_s"])
+        measured["grpo"] = sum(last[name] for name in ("rollout_s", "verify_s", "update_s"))
+
+
+def bench_cost():
+    """Minutes of the three stages with the settings of the preset, from the rates measured above."""
+    import grpo
+    import midtrain
+    import pretrain
+    if not measured:
+        bench_train()
+        bench_grpo()
+    enc = data.tokenizer()
+    edge = "5-6" if PRESET == "tiny" else "11-14"
+    for stage, mix in (pretrain, pretrain.PRESETS[PRESET]["mix"]), (midtrain, edge):
+        s = stage.PRESETS[PRESET]
+        rows = [data.make_row(i, data.parse_mixture(mix), law=data.distractor_law(s["distractors"])) for i in range(1000)]
+        tokens = statistics.mean(len(data.encode_row(enc, r)[0]) for r in rows)
+        row(f"{stage.__name__}.py, preset {PRESET}, minutes", s["steps"] * s["batch"] * tokens / measured["train"] / 60)
+    row(f"grpo.py, preset {PRESET}, minutes at most", grpo.PRESETS[PRESET]["steps"] * measured["grpo"] / 60)
 
 
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
           f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else os.uname().machine + ' CPU'}, model {CONFIG}\n")
     print(f"{'':<44}{'ours':>12}{'theirs':>12}{'ratio':>10}")
-    for name in sys.argv[1:] or ["data", "verify", "train", "norm", "sample", "grpo"]:
+    for name in sys.argv[1:] or ["data", "verify", "train", "norm", "sample", "grpo", "cost"]:
         globals()[f"bench_{name}"]()

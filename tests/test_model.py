@@ -186,25 +186,66 @@ def test_cuda_agrees_with_the_cpu():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_captured_steps_write_what_plain_steps_write(precision, monkeypatch):
-    model, written = biased_model(-1.0).cuda(), []
-    for captured in (True, False):
-        monkeypatch.setattr(M.Decoder, "captured", captured)
+    model, room = biased_model(-1.0).cuda(), {}
+
+    def write():
         with torch.autocast("cuda", precision, enabled=precision != torch.float32):
-            written.append(sample(model, PROMPTS, STOP, n=7, max_new=300, generator=torch.Generator("cuda").manual_seed(0)))
-    (tokens, logprobs), (plain_tokens, plain_logprobs) = written
-    assert tokens == plain_tokens and max(map(len, tokens)) > 128  # the cache has grown
-    for a, b in zip(logprobs, plain_logprobs):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+            return sample(model, PROMPTS, STOP, n=7, max_new=300, generator=torch.Generator("cuda").manual_seed(0), room=room)
+
+    captured = []
+    for _ in range(2):
+        captured.append(write())
+        with torch.no_grad():  # the second time with the graphs of the first and other weights
+            model.layers[0].mlp.up_proj.weight.mul_(1.1)
+    assert all(room["graphs"].values())
+    monkeypatch.setattr(M.Decoder, "replay", M.Decoder.write)
+    with torch.no_grad():
+        model.layers[0].mlp.up_proj.weight.div_(1.1 ** 2)
+    for tokens, logprobs in captured:
+        plain_tokens, plain_logprobs = write()
+        assert tokens == plain_tokens and max(map(len, tokens)) > 128  # the cache has grown
+        for a, b in zip(logprobs, plain_logprobs):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+        with torch.no_grad():
+            model.layers[0].mlp.up_proj.weight.mul_(1.1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_compiled_loss_is_the_eager_one():
     model, x, y = make_model().cuda(), random_ids(8, 64).cuda(), random_ids(8, 64, seed=2).cuda()
     y[0, 4:] = -100
-    compiled = torch.compile(model.loss, dynamic=False)
-    torch.testing.assert_close(compiled(x, y), model.loss(x, y), rtol=1e-4, atol=1e-4)
+    loss = model.loss(x, y)
+    for layer in model.layers:  # as pretrain.py does
+        layer.compile(dynamic=False)
+    torch.testing.assert_close(model.loss(x, y), loss, rtol=1e-4, atol=1e-4)
     with torch.autocast("cuda", torch.bfloat16):
-        torch.testing.assert_close(compiled(x, y), model.loss(x, y), rtol=2e-2, atol=0)
+        torch.testing.assert_close(model.loss(x, y), loss, rtol=2e-2, atol=0)
+
+
+def test_layers_are_compiled_once_for_each_shape_and_not_for_sampling():
+    model, programs = make_model(), []
+    batches = [(random_ids(4, T), random_ids(4, T, seed=2)) for T in (16, 32, 16, 32)]
+
+    def losses():
+        model.zero_grad()
+        losses = [model.loss(x, y) for x, y in batches]
+        torch.stack(losses).sum().backward()
+        return [*losses, *(p.grad for p in model.parameters())]
+
+    plain = losses()
+    torch._dynamo.reset()
+
+    def backend(program, inputs):
+        programs.append(program)
+        return program.forward
+
+    for layer in model.layers:
+        layer.compile(dynamic=False, backend=backend)
+    torch.testing.assert_close(losses(), plain, rtol=1e-5, atol=1e-5)
+    assert len(programs) == 2
+    tokens, logprobs = sample(model, [[1, 2, 3], [4]], stop=0, n=3, max_new=20, generator=torch.Generator().manual_seed(0))
+    assert_scored_as_by_forward(make_model(), [[1, 2, 3], [4]], tokens, logprobs, 3, 1.0)
+    assert len(programs) == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,6 +352,63 @@ def test_rows_that_end_at_different_times_are_dropped_and_the_others_go_on(monke
     assert max(map(len, tokens)) > 24 and len(set(map(len, tokens))) > 10
     assert_scored_as_by_forward(model, PROMPTS, tokens, logprobs, 7, 1.0)
     assert_stops_well(tokens, 90)
+
+
+def test_what_a_captured_step_needs(monkeypatch):
+    """On CUDA a step of a shape is captured once and replayed in later calls, when the model has other weights: all that it
+    reads and writes must lie where it lay. Here without CUDA: the addresses, and that the samples stay right."""
+    at, changed, write = {}, set(), M.Decoder.write
+
+    def tensors(x):
+        return [x] if isinstance(x, torch.Tensor) else [t for part in x for t in tensors(part)] if type(x) in (list, tuple) else []
+
+    def watched(decoder):
+        shape = len(decoder.lengths), decoder.n, decoder.bias.shape[2], decoder.generated[0][0].shape[1]
+        addresses = {name: [t.data_ptr() for t in tensors(value)] for name, value in vars(decoder).items() if tensors(value)}
+        if shape not in decoder.graphs:  # emptied where memory had to move
+            at.pop(shape, None)
+        changed.update([shape] if at.setdefault(shape, addresses) != addresses else [])
+        decoder.graphs[shape] = "captured"
+        write(decoder)
+
+    monkeypatch.setattr(M.Decoder, "static", True)
+    monkeypatch.setattr(M.Decoder, "write", watched)
+    room, shapes = {}, []
+    for seed in range(3):
+        model = biased_model(1.0, seed)
+        for n, max_new, prompts in (7, 200, PROMPTS), (3, 20, PROMPTS[:4]):
+            tokens, logprobs = sample(model, prompts, STOP, n=n, max_new=max_new, rows=28, room=room,
+                                      generator=torch.Generator().manual_seed(seed))
+            assert_scored_as_by_forward(model, prompts, tokens, logprobs, n, 1.0)
+            assert_stops_well(tokens, max_new)
+        shapes.append(set(room["graphs"]))
+    assert not changed
+    assert shapes[0] and shapes[1] <= shapes[2] and len(shapes[2]) <= 10  # nothing is captured over and over
+
+
+def test_a_step_never_waits_for_the_device(monkeypatch):
+    """The meta device has shapes and no numbers: what reads one back, or mixes devices, raises."""
+    moved = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            out = f(*args, **(kwargs or {}))
+            if len({t.device for t in torch.utils._pytree.tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}) > 1:
+                moved.append(f)
+            return out
+
+    monkeypatch.setattr(M.Decoder, "static", True)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
+    monkeypatch.setattr(torch, "rand", lambda *size, generator, device: torch.empty(*size, device=device))
+    monkeypatch.setattr(M.RMSNorm, "forward", lambda norm, x: norm.weight * x)  # the one for CPUs looks for their autocast
+    decoder = M.Decoder(make_model().to("meta"), PROMPTS[:2], 3, 1.0)
+    with Watch():
+        decoder.step(torch.empty(6, device="meta"))
+        decoder.step(torch.empty(6, device="meta"))
+    assert not moved and decoder.token.shape == (6,) and decoder.generated[0][0].dtype == torch.bfloat16
+    with Watch(), pytest.raises(RuntimeError):
+        decoder.token.sum().item()  # as said
 
 
 @pytest.mark.parametrize("max_new", [1, 7, 8, 9, 16, 17])  # finished rows are looked for at every eighth token
