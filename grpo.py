@@ -29,11 +29,12 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 
 import numpy as np
 import torch
@@ -47,14 +48,14 @@ from verify import REWARDS, reward, verify
 # Settings that suit a model; each can be set on the command line.
 PRESETS = {
     # without problems from the range of pre-training a small model soon forgets it; without KL it needs no reference, and
-    # groups without a gradient cost nothing
-    "tiny": dict(id_share=0.2, steps=250, prompts=64, rollouts=8, updates=2, lr=2e-4, kl=0.0, warmup=5, weight_decay=0.0,
-                 clip=1.0, max_new=192, micro_tokens=2048, rows=512, eval_every=25, eval_problems=64, save_every=25,
-                 workers=0),
+    # groups without a gradient cost nothing; a falling learning rate adds as much at the edge as RL does without
+    "tiny": dict(id_share=0.2, steps=250, prompts=64, rollouts=8, updates=2, lr=3e-4, min_lr=0.0, kl=0.0, warmup=5,
+                 weight_decay=0.0, clip=1.0, max_new=192, micro_tokens=2048, rows=512, eval_every=25, eval_problems=64,
+                 save_every=25, workers=0),
     # arXiv 2512.07783: 200 steps of 1024 prompts, 6 rollouts each, 4 updates
-    "100m": dict(id_share=0.0, steps=200, prompts=1024, rollouts=6, updates=4, lr=1e-6, kl=1e-3, warmup=0, weight_decay=0.1,
-                 clip=1.0, max_new=1024, micro_tokens=65536, rows=3072, eval_every=20, eval_problems=256, save_every=20,
-                 workers=8),
+    "100m": dict(id_share=0.0, steps=200, prompts=1024, rollouts=6, updates=4, lr=1e-6, min_lr=1e-6, kl=1e-3, warmup=0,
+                 weight_decay=0.1, clip=1.0, max_new=1024, micro_tokens=65536, rows=3072, eval_every=20, eval_problems=256,
+                 save_every=20, workers=8),
 }
 SEED = 2_000_000   # added to --seed: problems of its own, not those of the stages before over again
 RL_COST = 5 / 3    # of a token of RL in training tokens: 2 for the rollout, 2 for the reference, 6 for the update, against 6
@@ -108,6 +109,12 @@ def verdicts(pairs):
     return [verify(gold, response) for gold, response in pairs]
 
 
+def as_worker():
+    """Makes a process a worker: signals to the group are for the run itself, which then saves; a worker ends with the run."""
+    os.setpgrp()
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--init", default="out/midtrain.pt", help="checkpoint to start from; the reference (default out/midtrain.pt)")
@@ -143,7 +150,8 @@ def arguments():
     g.add_argument("--prompts", type=int, help="P, prompts a step, over all ranks")
     g.add_argument("--rollouts", type=int, help="G, solutions a prompt")
     g.add_argument("--updates", type=int, help="optimizer steps a rollout batch, each on its own part of the prompts")
-    g.add_argument("--lr", type=float, help="learning rate (AdamW), constant")
+    g.add_argument("--lr", type=float, help="learning rate (AdamW) after the warm-up")
+    g.add_argument("--min-lr", type=float, help="learning rate at the end of the straight line from --lr (100m: constant)")
     g.add_argument("--warmup", type=int, help="steps over which the learning rate rises")
     g.add_argument("--weight-decay", type=float)
     g.add_argument("--clip", type=float, help="largest norm of the gradient")
@@ -207,7 +215,7 @@ def arguments():
                      "save_every").split():
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-        for name in "seed lr warmup weight_decay kl workers".split():
+        for name in "seed lr min_lr warmup weight_decay kl workers".split():
             if not 0 <= getattr(args, name) < 2 ** 40:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0 and not huge, got {getattr(args, name)}")
         for name in "alpha reward_noise".split():
@@ -380,8 +388,7 @@ def main():
         f" of {args.prompts} prompts x {args.rollouts} rollouts, {args.updates} updates each; reward {args.reward}; learning "
         f"rate {args.lr:g}; {args.dtype} on {device}" + (f", {world} ranks" if world > 1 else "") +
         f", {torch.get_num_threads()} threads")
-    workers = args.workers and ProcessPoolExecutor(args.workers, get_context("spawn"), signal.signal,
-                                                   (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for this process
+    workers = args.workers and ProcessPoolExecutor(args.workers, get_context("spawn"), as_worker)
     interrupted = []
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda *_: interrupted.append(1))  # finish the step, then save
@@ -437,7 +444,8 @@ def main():
 
         # --------------------------------------------------------------------------------------------------------------
         # updates: each solution is used once
-        lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
+        progress = step / args.steps if args.budget is None else tokens_seen / allowance
+        lr = (args.lr + (args.min_lr - args.lr) * progress) * min(1, (step + 1) / max(1, args.warmup))
         for group in optimizer.param_groups:
             group["lr"] = lr
         sums = {name: torch.zeros((), device=device)
@@ -453,10 +461,12 @@ def main():
             for batch in data.cut(part, args.micro_tokens):
                 x, y = data.pad(batch, loss="solution")
                 where = np.flatnonzero(y != data.IGNORE)  # the tokens of the solutions, row by row
-                x, where, targets = (torch.from_numpy(a).to(device) for a in (x, where, y.flatten()[where]))
-                old = torch.cat([logprobs for _, _, logprobs, _ in batch]).to(device)
                 lengths = torch.tensor([len(ids) - n_prompt for ids, n_prompt, *_ in batch])
-                A = torch.stack([a for *_, a in batch]).repeat_interleave(lengths).to(device)
+                tensors = [*map(torch.from_numpy, (x, where, y.flatten()[where])), torch.cat([old for _, _, old, _ in batch]),
+                           torch.stack([a for *_, a in batch]).repeat_interleave(lengths)]
+                if kind == "cuda":  # so that nothing waits for the copies
+                    tensors = [t.pin_memory() for t in tensors]
+                x, where, targets, old, A = (t.to(device, non_blocking=True) for t in tensors)
                 with precision:
                     logprobs, entropy = model.logprobs(x, where, targets, args.temperature)
                     with torch.no_grad():

@@ -35,7 +35,7 @@ PRESETS = {
                  momentum=0.8, loss="all", distractors=4.0, micro_tokens=1536, save_every=100, workers=0),
     # arXiv 2512.07783: up to 2.5B of its tokens at 512k tokens a step
     "100m": dict(steps=4900, batch=1152, lr=1e-4, min_lr=3e-5, warmup=0.15, weight_decay=0.1, clip=1.0, optimizer="adamw",
-                 momentum=0.95, loss="all", distractors=2.0, micro_tokens=8192, save_every=500, workers=4),
+                 momentum=0.95, loss="all", distractors=2.0, micro_tokens=16384, save_every=500, workers=4),
 }
 
 SEED = 1_000_000  # added to --seed: problems of its own, not those of pre-training over again
@@ -223,7 +223,8 @@ def main():
     train = stream("train", rank=rank, world=world)
     loader = torch.utils.data.DataLoader(train, batch_size=None, sampler=range(start, args.steps),
                                          num_workers=args.workers, collate_fn=tensors, pin_memory=kind == "cuda",
-                                         generator=torch.Generator())  # its own: it must not draw from the run's
+                                         generator=torch.Generator(),  # its own: it must not draw from the run's
+                                         worker_init_fn=lambda _: os.setpgrp())  # signals are for this process: it saves
     held_out = list(itertools.chain(*(tensors(stream("eval")[s])[0] for s in range(-(-256 // args.batch)))))
 
     if args.compile:  # one layer at a time: a single program a shape, for all layers, and there are few shapes (data.LENGTHS)
@@ -282,7 +283,10 @@ def main():
             then = time.time()
             float(accumulate(*probe)[0])
             model.zero_grad(set_to_none=True)
-        say(f"expected time: about {(time.time() - then) * (args.steps - start) * 1.2 / 60:.1f} minutes")
+            took = time.time() - then
+        if args.compile:
+            held_out_loss()
+        say(f"expected time: about {took * (args.steps - start) * 1.2 / 60:.1f} minutes")
 
     # ------------------------------------------------------------------------------------------------------------------
     # train

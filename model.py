@@ -314,6 +314,7 @@ class Decoder:
         if name not in self.room or self.room[name].numel() < x.numel():
             self.room[name] = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
             self.graphs.clear()  # they would still use the old address
+            self.room.pop("pool", None)
         return self.room[name][:x.numel()].view(x.shape).copy_(x)
 
     def place_kv(self, what, layer, kv):
@@ -390,7 +391,7 @@ class Decoder:
             self.graphs[shape] = torch.cuda.CUDAGraph()
             if "pool" not in self.room:  # one for all graphs: none leaves anything in it
                 self.room["pool"] = torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(self.graphs[shape], pool=self.room["pool"]):
+            with torch.cuda.device(self.token.device), torch.cuda.graph(self.graphs[shape], pool=self.room["pool"]):
                 self.write()
         self.graphs[shape].replay()
 
@@ -422,7 +423,8 @@ def sample(model, prompts, stop, n=1, max_new=256, temperature=1.0, generator=No
     on the CPU, their log-probabilities under the sampling temperature (under temperature 1 when it is 0).
     """
     tokens, logprobs = [None] * (len(prompts) * n), [None] * (len(prompts) * n)
-    order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))  # alike lengths together: little padding
+    # alike lengths together: little padding; on CUDA the longest first, since graphs are lost when memory has to grow
+    order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]), reverse=model.embed_tokens.weight.is_cuda)
     per_batch = max(1, rows // n)
     room = {} if room is None else room
     for first in range(0, len(order), per_batch):

@@ -37,7 +37,7 @@ PRESETS = {
     # arXiv 2512.07783: 10B of its tokens, about 22M problems, at 512k tokens a step; mixture 20 / 30 / 50 % by difficulty
     "100m": dict(mix="all:2-4:0.2,all:5-7:0.3,all:8-10:0.5", steps=19_000, batch=1152, lr=1e-4, min_lr=3e-5, warmup=0.05,
                  weight_decay=0.1, clip=1.0, optimizer="adamw", momentum=0.95, name_parts=0.0, loss="all",
-                 distractors=2.0, late_distractors=2.0, micro_tokens=8192, save_every=500, workers=4),
+                 distractors=2.0, late_distractors=2.0, micro_tokens=16384, save_every=500, workers=4),
 }
 MODEL = dict(n_layers="layers", width="width", n_heads="query heads", n_kv_heads="key-value heads",
              mlp="width inside the MLP", rope_theta="base of the rotary periods", init_std="spread of new weights",
@@ -210,7 +210,8 @@ def main():
     train = stream("train", rank=rank, world=world, late=(args.steps * 2 // 3, args.late_distractors))
     loader = torch.utils.data.DataLoader(train, batch_size=None, sampler=range(start, args.steps),
                                          num_workers=args.workers, collate_fn=tensors, pin_memory=kind == "cuda",
-                                         generator=torch.Generator())  # its own: it must not draw from the run's
+                                         generator=torch.Generator(),  # its own: it must not draw from the run's
+                                         worker_init_fn=lambda _: os.setpgrp())  # signals are for this process: it saves
     held_out = list(itertools.chain(*(tensors(stream("eval")[s])[0] for s in range(-(-256 // args.batch)))))
 
     if args.compile:  # one layer at a time: a single program a shape, for all layers, and there are few shapes (data.LENGTHS)
@@ -270,6 +271,8 @@ def main():
                 then = time.time()
                 float(accumulate(*probe)[0])
                 took[i] = time.time() - then
+        if args.compile:
+            held_out_loss()
         model.zero_grad(set_to_none=True)
         say(f"expected time: about {(2 * took[0] + took[1]) / 3 * (args.steps - start) * 1.2 / 60:.1f} minutes")
 

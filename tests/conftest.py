@@ -14,6 +14,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,6 +134,26 @@ def _note_calls(module, name, calls):
         return result
 
     setattr(module, name, noting)
+
+
+def end_with_workers(cwd, script, arguments, number, group):
+    """Start a script that has --workers, as a shell does; when it has logged a row, signal it, or the whole group.
+
+    Returns its exit status, its messages, how many workers it had, and which of them are still there ten seconds later.
+    """
+    process = subprocess.Popen([sys.executable, ROOT / script, *map(str, arguments)], cwd=cwd, start_new_session=True, text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    log, began = cwd / "a.jsonl", time.time()
+    while not (log.exists() and log.stat().st_size) and process.poll() is None and time.time() - began < 120:
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    (os.killpg if group else os.kill)(process.pid, number)
+    messages, n_workers, began = process.communicate(timeout=120)[1], len(workers), time.time()
+    while workers and time.time() - began < 10:
+        workers = [pid for pid in workers if os.path.exists(f"/proc/{pid}")]
+        time.sleep(0.05)
+    return process.returncode, messages, n_workers, workers
 
 
 def free_port():

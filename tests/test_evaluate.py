@@ -239,7 +239,7 @@ def trained(tmp_path_factory):
     """A folder with two checkpoints, each barely trained, on op 2-4."""
     folder = tmp_path_factory.mktemp("trained")
     for name, steps in (("a", 2), ("b", 3)):
-        assert run(folder, "pretrain.py", *TINY, "--steps", steps, "--out", f"{name}.pt").code == 0
+        assert run(folder, "pretrain.py", *TINY, "--ops", "2-4", "--steps", steps, "--out", f"{name}.pt").code == 0
     return folder
 
 

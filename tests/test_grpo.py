@@ -16,8 +16,8 @@ import torch
 
 import data
 import grpo as G
-from conftest import (BROKEN, ROOT, assert_refused, checkpoint_with, checkpoint_without, is_finite, metrics, put, run,
-                      same)
+from conftest import (BROKEN, ROOT, assert_refused, checkpoint_with, checkpoint_without, end_with_workers, is_finite,
+                      metrics, put, run, same)
 from grpo import group_advantages, grpo_loss, misjudged
 from model import Config, Transformer, build_model, load_checkpoint, sample, save_checkpoint
 from verify import reward, verify
@@ -321,8 +321,8 @@ def test_noise_strikes_each_solution_by_itself(tmp_path, untrained):
 # ----------------------------------------------------------------------------------------------------------------------
 # whole steps against a naive loop
 
-SETTINGS = dict(lr=3e-3, temperature=0.9, clip_ratio=0.02, kl=0.2, alpha=0.25, weight_decay=0.1, clip=0.5, rollouts=4,
-                updates=2)
+SETTINGS = dict(lr=3e-3, min_lr=1e-3, temperature=0.9, clip_ratio=0.02, kl=0.2, alpha=0.25, weight_decay=0.1, clip=0.5,
+                rollouts=4, updates=2)
 TRACED = ["--reward", "mixed", "--steps", 2, "--warmup", 2,
           *[part for name, value in SETTINGS.items() for part in ("--" + name.replace("_", "-"), value)]]
 
@@ -384,7 +384,7 @@ def by_hand(init, steps):
             for p in model.parameters():
                 p.grad *= min(1, s["clip"] / norm)
             for group in optimizer.param_groups:
-                group["lr"] = s["lr"] * (step + 1) / 2  # a warm-up of two steps
+                group["lr"] = (1.5e-3, 2e-3)[step]  # from 3e-3 towards 1e-3, half way after one of two steps; a warm-up of two
             optimizer.step()
             optimizer.zero_grad()
             sums["loss"] += loss.item() / s["updates"]
@@ -480,7 +480,7 @@ def test_the_metrics_are_those_computed_by_hand(traced, groups):
         assert of_op["gradient"] == np.mean([max(r) > min(r) for r in rewards])
         tokens += sum(len(prompt) + len(ids) for prompt, ids, *_ in solutions)
         assert row["tokens"] == tokens and row["training_tokens"] == round(tokens * 5 / 3)
-        assert (row["step"], row["problems"], row["lr"]) == (j + 1, 5 * j + 5, pytest.approx([1.5e-3, 3e-3][j]))
+        assert (row["step"], row["problems"], row["lr"]) == (j + 1, 5 * j + 5, pytest.approx([1.5e-3, 2e-3][j]))
     assert any(0 < len({r for *_, r, _ in group}) - 1 for group in groups[0])  # there was something to learn
 
 
@@ -707,7 +707,7 @@ def test_bfloat16_runs_and_says_how_far_sampling_is_from_training(tmp_path, init
 # ----------------------------------------------------------------------------------------------------------------------
 # resuming: with noise, two ops, a curriculum, KL and a warm-up, all of which have a state to lose
 
-SIX = "--mix zoo:2-3 --curriculum --reward mixed --reward-noise 0.1 --kl 0.05 --lr 2e-3 --warmup 4 --steps 6 " \
+SIX = "--mix zoo:2-3 --curriculum --reward mixed --reward-noise 0.1 --kl 0.05 --lr 3e-3 --min-lr 1e-3 --warmup 4 --steps 6 " \
       "--save-every 2 --eval-every 3 --eval-problems 2".split()
 TIMES = {"seconds", "rollout_s", "verify_s", "update_s", "tokens_per_s"}
 
@@ -830,6 +830,19 @@ def test_workers_judge_as_the_run_itself(tmp_path, init):
         assert done.returncode == 0, done.stderr
         runs.append([{k: v for k, v in row.items() if k not in TIMES} for row in metrics(tmp_path / f"{workers}.jsonl")])
     assert runs[0] == runs[1] and len(runs[0]) == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc, to see the workers")
+@pytest.mark.parametrize("number, group", [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGKILL, False)])
+def test_workers_leave_signals_to_the_run_and_end_with_it(tmp_path, init, number, group):
+    """torchrun and `timeout` signal a whole group, and nobody can answer SIGKILL."""
+    arguments = ["--init", init, *"--out a.pt --mix zoo:2-3 --steps 100000 --device cpu --dtype float32 --prompts 4 --rollouts 4 "
+                 "--max-new 20 --eval-problems 2 --save-every 100000 --workers 2".split()]
+    code, messages, n_workers, left = end_with_workers(tmp_path, "grpo.py", arguments, number, group)
+    assert n_workers and not left, messages  # they are started when they are needed
+    if group:
+        assert code == 130 and "Traceback" not in messages, messages
+        assert load_checkpoint(tmp_path / "a.pt")["step"] >= 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from model import load_checkpoint
 def init(tmp_path_factory):
     """A checkpoint after five steps of pre-training on op 2-4."""
     folder = tmp_path_factory.mktemp("pretrain")
-    result = run(folder, "pretrain.py", *TINY, "--steps", 5, "--out", "init.pt")
+    result = run(folder, "pretrain.py", *TINY, *"--ops 2-4 --steps 5 --out init.pt".split())
     assert result.code == 0, result
     return folder / "init.pt"
 

@@ -11,8 +11,8 @@ import torch
 
 import data
 import pretrain as P
-from conftest import (BROKEN, ROOT, TINY, assert_refused, checkpoint_with, checkpoint_without, is_finite, metrics, put, run,
-                      run_ranks, same)
+from conftest import (BROKEN, ROOT, TINY, assert_refused, checkpoint_with, checkpoint_without, end_with_workers,
+                      is_finite, metrics, put, run, run_ranks, same)
 from model import build_model, load_checkpoint
 
 
@@ -245,6 +245,18 @@ def test_an_interrupted_run_saves_and_resumes_exactly(tmp_path, whole, number):
     result = pretrain(tmp_path, *TWELVE, "--resume")
     assert result.code == 0 and f"at step {step} of 12" in result.out
     assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc, to see the workers")
+@pytest.mark.parametrize("number, group", [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGKILL, False)])
+def test_workers_leave_signals_to_the_run_and_end_with_it(tmp_path, number, group):
+    """torchrun and `timeout` signal a whole group, and nobody can answer SIGKILL."""
+    arguments = [*TINY, *"--steps 100000 --log-every 1 --eval-every 100000 --save-every 100000 --out a.pt --workers 2".split()]
+    code, messages, n_workers, left = end_with_workers(tmp_path, "pretrain.py", arguments, number, group)
+    assert n_workers == 2 and not left, messages
+    if group:
+        assert code == 130 and "Traceback" not in messages, messages
+        assert load_checkpoint(tmp_path / "a.pt")["step"] >= 1
 
 
 def test_resuming_a_finished_run_is_harmless(whole, tmp_path):
