@@ -111,7 +111,8 @@ def verdicts(pairs):
 
 def as_worker():
     """Makes a process a worker: signals to the group are for the run itself, which then saves; a worker ends with the run."""
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 

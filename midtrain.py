@@ -148,6 +148,12 @@ def tensors(micro_batches):
     return [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in micro_batches], torch.tensor(counts)
 
 
+def as_worker(number):
+    """Makes a process a worker: signals to the group are for the run itself, which then saves."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
+
+
 def main():
     parser, args = arguments()
 
@@ -224,7 +230,7 @@ def main():
     loader = torch.utils.data.DataLoader(train, batch_size=None, sampler=range(start, args.steps),
                                          num_workers=args.workers, collate_fn=tensors, pin_memory=kind == "cuda",
                                          generator=torch.Generator(),  # its own: it must not draw from the run's
-                                         worker_init_fn=lambda _: os.setpgrp())  # signals are for this process: it saves
+                                         worker_init_fn=as_worker)
     held_out = list(itertools.chain(*(tensors(stream("eval")[s])[0] for s in range(-(-256 // args.batch)))))
 
     if args.compile:  # one layer at a time: a single program a shape, for all layers, and there are few shapes (data.LENGTHS)
