@@ -2,7 +2,8 @@
 Benchmarks: ratios, measured side by side in one run, since machines and their moods differ.
 
     python tests/bench.py                 all (a few minutes on two cores)
-    python tests/bench.py data verify     only these: data, verify, train, norm, sample, grpo, cost (of the whole recipe)
+    python tests/bench.py data verify     only these: data, verify, train, norm, sample, grpo,
+                                          cost (of the whole recipe, with grpo)
 
 Figures of the authors' public code are those of one core of another machine, so their ratio is a rough one. Where
 `transformers` is installed (pip install transformers), training and sampling run against Hugging Face's Qwen2 of the
@@ -34,7 +35,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PRECISION = dict(device_type=DEVICE, dtype=torch.bfloat16)
 PRESET = "tiny" if DEVICE == "cpu" else "100m"
 CONFIG = ours.CONFIGS[PRESET]
-measured = {}  # for bench_cost
 
 
 def row(what, ours_, theirs=None, unit=""):
@@ -143,7 +143,6 @@ def bench_train():
             mine = max(mine, rate(run, tokens, 1))
             memory = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
             theirs = max(theirs, rate(hf_run, tokens, 1)) if hf else 0.0
-        measured["train"] = mine
         row(f"training tokens/s, op {ops}, bf16", mine, theirs, "theirs: Qwen2ForCausalLM, same shape and batches")
         if DEVICE == "cuda":
             row("  GPU memory at most, with the weights of both, MB", memory / 1e6)
@@ -212,47 +211,57 @@ def sample_batch(n_prompts, n, new=64):
         "theirs: transformers' generate, same weights and batch")
 
 
+def stage(folder, script, settings):
+    """Rows of metrics of a run with the preset."""
+    run = subprocess.run([sys.executable, root / script, "--preset", PRESET, *settings.split(), "--out", "a.pt"], cwd=folder,
+                         text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    if run.returncode:
+        sys.exit(run.stderr[-2000:])
+    return [json.loads(line) for line in open(f"{folder}/a.jsonl")]
+
+
+def untrained(folder, name):
+    torch.manual_seed(0)
+    ours.save_checkpoint(f"{folder}/init.pt", dict(
+        stage=name, config=asdict(CONFIG), model=ours.Transformer(CONFIG).state_dict(), step=0, problems=0,
+        recipe=dict(preset=PRESET), id_ops=[2, 5] if PRESET == "tiny" else [2, 10]))
+
+
 def bench_grpo():
-    """Whole steps of grpo.py with the settings of the preset, from random weights, which end no solution before --max-new 192."""
+    """Whole steps of grpo.py with the settings of the preset, from random weights, which end no solution before --max-new 192.
+    Noise makes the rewards of a group differ, so that there is something to learn."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        ours.save_checkpoint(f"{folder}/init.pt", dict(
-            stage="midtrain", config=asdict(CONFIG), model=ours.Transformer(CONFIG).state_dict(), step=0, problems=0,
-            recipe=dict(preset=PRESET), id_ops=[2, 4] if PRESET == "tiny" else [2, 10]))
-        settings = ("--init init.pt --out a.pt --max-new 192 --steps 3 --eval-every 9 --eval-problems 8 "
-                    "--reward-noise 0.5").split()
-        run = subprocess.run([sys.executable, root / "grpo.py", "--preset", PRESET, *settings], cwd=folder, text=True,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        if run.returncode:
-            sys.exit(run.stderr[-2000:])
-        last = json.loads(open(f"{folder}/a.jsonl").read().splitlines()[-1])
+        untrained(folder, "midtrain")
+        last = stage(folder, "grpo.py", "--init init.pt --max-new 192 --steps 3 --eval-every 9 --eval-problems 8 "
+                     "--reward process --reward-noise 0.5")[-1]
         for name in ("rollout_s", "verify_s", "update_s"):
             row(f"GRPO step, preset {PRESET}, {name}, ms", 1000 * last[name])
         row(f"GRPO step, preset {PRESET}, sampled tokens/s", last["tokens_per_s"])
-        measured["grpo"] = sum(last[name] for name in ("rollout_s", "verify_s", "update_s"))
+        return sum(last[name] for name in ("rollout_s", "verify_s", "update_s"))
 
 
 def bench_cost():
-    """Minutes of the three stages with the settings of the preset, from the rates measured above."""
+    """Minutes of the three stages with the settings of the preset, from some steps of each."""
     import grpo
     import midtrain
     import pretrain
-    if not measured:
-        bench_train()
-        bench_grpo()
-    enc = data.tokenizer()
-    edge = "5-6" if PRESET == "tiny" else "11-14"
-    for stage, mix in (pretrain, pretrain.PRESETS[PRESET]["mix"]), (midtrain, edge):
-        s = stage.PRESETS[PRESET]
-        rows = [data.make_row(i, data.parse_mixture(mix), law=data.distractor_law(s["distractors"])) for i in range(1000)]
-        tokens = statistics.mean(len(data.encode_row(enc, r)[0]) for r in rows)
-        row(f"{stage.__name__}.py, preset {PRESET}, minutes", s["steps"] * s["batch"] * tokens / measured["train"] / 60)
-    row(f"grpo.py, preset {PRESET}, minutes at most", grpo.PRESETS[PRESET]["steps"] * measured["grpo"] / 60)
+    with tempfile.TemporaryDirectory() as folder:
+        untrained(folder, "pretrain")
+        for script, init in (pretrain, ""), (midtrain, "--init init.pt"):
+            rows = stage(folder, f"{script.__name__}.py", f"{init} --steps 60 --log-every 10 --eval-every 1000 --show 0")
+            first, last = rows[0], rows[-2]  # the last row's time has the evaluation in it
+            problems_per_s = (last["problems"] - first["problems"]) / (last["seconds"] - first["seconds"])
+            settings = script.PRESETS[PRESET]
+            row(f"{script.__name__}.py, preset {PRESET}, minutes", settings["steps"] * settings["batch"] / problems_per_s / 60)
+            if "mfu" in last:
+                row("  MFU, %", 100 * last["mfu"])
+                row("  waiting for problems, % of the time", 100 * last["waiting"])
+    row(f"grpo.py, preset {PRESET}, minutes at most", grpo.PRESETS[PRESET]["steps"] * bench_grpo() / 60)
 
 
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
           f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else os.uname().machine + ' CPU'}, model {CONFIG}\n")
     print(f"{'':<44}{'ours':>12}{'theirs':>12}{'ratio':>10}")
-    for name in sys.argv[1:] or ["data", "verify", "train", "norm", "sample", "grpo", "cost"]:
+    for name in sys.argv[1:] or ["data", "verify", "train", "norm", "sample", "cost"]:
         globals()[f"bench_{name}"]()
