@@ -25,7 +25,7 @@ def pretrain(cwd, *arguments, **more):
 
 def loss_by_hand(model, split, count, loss="all"):
     """Mean surprise, in nats, of the tokens of the first problems of a split, one problem at a time."""
-    enc, mixture, total, n = data.tokenizer(), data.parse_mixture("all:2-4"), 0.0, 0
+    enc, mixture, total, n = data.tokenizer(), data.parse_mixture(P.PRESETS["tiny"]["mix"]), 0.0, 0
     for i in range(count):
         row = data.make_row(i, mixture, 0, split, data.distractor_law(2.0))
         prompt = len(data.encode(enc, data.prompt_text(row)))
@@ -51,7 +51,7 @@ def test_a_command_as_typed_writes_the_default_files(tmp_path):
 
     checkpoint = load_checkpoint(tmp_path / "out/pretrain.pt")
     assert (checkpoint["stage"], checkpoint["step"], checkpoint["problems"]) == ("pretrain", 7, 56)
-    assert checkpoint["id_ops"] == [2, 4]
+    assert checkpoint["id_ops"] == [2, 5]
     assert checkpoint["config"]["width"] == 32 and checkpoint["config"]["n_layers"] == 1
     assert is_finite(checkpoint)
 
@@ -66,7 +66,7 @@ def test_the_losses_and_counts_are_those_computed_by_hand(tmp_path, loss):
     assert row["loss"] == pytest.approx(loss_by_hand(model, "train", 8, loss), rel=1e-4)
     assert row["val_loss"] == pytest.approx(loss_by_hand(model, "eval", 256, loss), rel=1e-4)
     enc = data.tokenizer()
-    rows = [data.make_row(i, data.parse_mixture("all:2-4")) for i in range(8)]
+    rows = [data.make_row(i, data.parse_mixture(P.PRESETS["tiny"]["mix"])) for i in range(8)]
     assert row["tokens"] == sum(len(data.encode_row(enc, r)[0]) - 1 for r in rows)
 
 
