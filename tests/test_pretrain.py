@@ -247,6 +247,21 @@ def test_an_interrupted_run_saves_and_resumes_exactly(tmp_path, whole, number):
     assert_same_run(tmp_path, whole)
 
 
+def test_with_cuda_no_option_is_needed(tmp_path, monkeypatch):
+    """Only the choice is tested here: what a machine with CUDA would run without any option but the ops."""
+    empty = torch.empty
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None, **more: empty(*size, **more))  # it looks for the device
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--ops", "2-10"])
+    _, args = P.arguments()
+    assert (args.device, args.preset, args.dtype, args.compile) == ("cuda", "100m", "bfloat16", True)
+    assert args.n_layers == 12 and args.width == 768 and args.workers >= 2 and args.micro_tokens >= 8192
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--device", "cpu"])
+    _, args = P.arguments()
+    assert (args.preset, args.compile, args.workers) == ("tiny", False, 0)
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc, to see the workers")
 @pytest.mark.parametrize("number, group", [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGKILL, False)])
 def test_workers_leave_signals_to_the_run_and_end_with_it(tmp_path, number, group):
