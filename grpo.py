@@ -48,7 +48,7 @@ from verify import REWARDS, reward, verify
 # Settings that suit a model; each can be set on the command line.
 PRESETS = {
     # without problems from the range of pre-training a small model soon forgets it; without KL it needs no reference, and
-    # groups without a gradient cost nothing; a falling learning rate adds as much at the edge as RL does without
+    # groups without a gradient cost nothing; without a falling learning rate (2e-4 all through) the edge won .03, not .08 (seed 0)
     "tiny": dict(id_share=0.2, steps=250, prompts=64, rollouts=8, updates=2, lr=3e-4, min_lr=0.0, kl=0.0, warmup=5,
                  weight_decay=0.0, clip=1.0, max_new=192, micro_tokens=2048, rows=512, eval_every=25, eval_problems=64,
                  save_every=25, workers=0),
