@@ -654,7 +654,7 @@ class TrainingSteps:
     of them. One problem is one row: padding on the right needs no mask under causal attention, and no row sees another.
     Rows are sorted by length and cut into micro-batches of at most `micro_tokens` tokens, padding included (one row may
     be longer). Their shapes are multiples of (4, 16): libraries prepare a kernel for each new shape and keep it. With
-    fixed=True, for torch.compile, they are few: (micro_tokens // T, T) for T in LENGTHS, or a half, a quarter, ... of that.
+    packed=True, for torch.compile, problems are laid end to end instead, without padding and in few shapes: see `pack`.
 
     A micro-batch is (x, y), int64 arrays (rows, T): y[b, t] is the token after x[b, t], or IGNORE where there is no
     loss: on padding and, with loss="solution", on the prompt. late: (step, distractors), another mean from that step on.
@@ -662,20 +662,25 @@ class TrainingSteps:
     """
 
     def __init__(self, mixture, batch_size, seed=0, split="train", loss="all", distractors=2.0, micro_tokens=8192,
-                 rank=0, world=1, fixed=False, late=None):
+                 rank=0, world=1, packed=False, late=None):
         self.mixture, self.batch_size, self.seed, self.split = mixture, batch_size, seed, split
         self.loss, self.law, self.micro_tokens = loss, distractor_law(distractors), micro_tokens
         self.late_from, self.late_law = late and (late[0], distractor_law(late[1])) or (math.inf, None)
-        self.rank, self.world, self.fixed, self.enc = rank, world, fixed, tokenizer()
+        self.rank, self.world, self.packed, self.enc = rank, world, packed, tokenizer()
 
     def __getitem__(self, step):
         first = step * self.batch_size
         law = self.law if step < self.late_from else self.late_law
         rows = [encode_row(self.enc, make_row(i, self.mixture, self.seed, self.split, law))
                 for i in range(first + self.rank, first + self.batch_size, self.world)]
-        if self.fixed:
-            return [pad(batch, self.loss, shape) for batch, shape in cut_to_few_shapes(rows, self.micro_tokens)]
-        return [pad(batch, self.loss) for batch in cut(rows, self.micro_tokens)]
+        return [arrays for _, arrays in micro_batches(rows, self.micro_tokens, self.loss, self.packed)]
+
+
+def micro_batches(rows, micro_tokens, loss="all", packed=False):
+    """Rows (ids, n_prompt, ...) -> [(list of rows, what `pad` or `pack` makes of them)]."""
+    if packed:
+        return [(batch, pack(batch, size, loss)) for batch, size in cut_to_pack(rows, micro_tokens)]
+    return [(batch, pad(batch, loss)) for batch in cut(rows, micro_tokens)]
 
 
 def cut(rows, micro_tokens):
@@ -691,31 +696,62 @@ def cut(rows, micro_tokens):
     return batches
 
 
-LENGTHS = *range(32, 257, 16), *range(288, 513, 32), 768, 1024, 2048, 4096  # half-full rows cost more than a program
+def pack_sizes(micro_tokens):
+    """The sizes that `cut_to_pack` uses, apart from that of a row that is longer than all of them."""
+    return [max(1, micro_tokens >> i) for i in range(4)]
 
 
-def cut_to_few_shapes(rows, micro_tokens):
-    """The same as [(list of rows, shape)]. The longest rows come first and shorter ones fill them up; the last batch, of the
-    shortest, is halved until less than half of it is empty."""
-    rows = sorted(rows, key=lambda row: len(row[0]))
-    batches = []
-    while rows:
-        T = next(T for T in LENGTHS if T >= len(rows[-1][0]) - 1)
-        n = max(1, micro_tokens // T)
-        while n > 1 and len(rows) <= n // 2:
-            n //= 2
-        batches.append((rows[-n:], (n, T)))
-        del rows[-n:]
+def cut_to_pack(rows, micro_tokens):
+    """Cut rows, in their order, into [(list of rows, size)] for `pack`. The size is micro_tokens; for the last ones, which would
+    fill less than three quarters of it, a half, a quarter or an eighth."""
+    lengths = [len(row[0]) - 1 for row in rows]
+    batches, start, sizes = [], 0, pack_sizes(micro_tokens)
+    while start < len(rows):
+        left = sum(lengths[start:])
+        size = next((size for size in sizes if left > 0.75 * size), sizes[-1])
+        while size < lengths[start]:
+            size *= 2
+        end = start + 1
+        while end < len(rows) and end - start < most_rows(size) and sum(lengths[start:end + 1]) <= size:
+            end += 1
+        batches.append((rows[start:end], size))
+        start = end
     return batches
+
+
+def most_rows(size):
+    """Rows that `pack` has room for: an array of one length, whatever is in it, and each place in it costs a little."""
+    return max(1, size // 48)
+
+
+def pack(rows, size, loss="all"):
+    """[(ids, n_prompt, ...)], end to end -> (x, y, cu_seqlens, max_seqlen), what a kernel for sequences of many lengths reads.
+
+    x, y: (1, size), as in `TrainingSteps`. cu_seqlens: int32, where each sequence starts, in the end `size`, repeated.
+    max_seqlen: an int, none is longer. What is left of the row is cut into sequences too: all tokens are of one.
+    """
+    x, y, ends = np.zeros((1, size), np.int64), np.full((1, size), IGNORE, np.int64), [0]
+    max_seqlen = 512  # one of few numbers: torch.compile makes a program for each
+    for ids, n_prompt, *_ in rows:
+        first, start, end = n_prompt if loss == "solution" else 1, ends[-1], ends[-1] + len(ids) - 1
+        x[0, start:end] = ids[:-1]
+        y[0, start + first - 1:end] = ids[first:]
+        ends.append(end)
+        while max_seqlen < end - start:
+            max_seqlen *= 2
+    ends += range(ends[-1] + max_seqlen, size, max_seqlen)
+    cu_seqlens = np.full(most_rows(size) + size // 512 + 2, size, np.int32)
+    cu_seqlens[:len(ends)] = ends
+    return x, y, cu_seqlens, max_seqlen
 
 
 def padded(n_rows, T):
     return -(-n_rows // 4) * 4, -(-T // 16) * 16
 
 
-def pad(rows, loss="all", shape=None):
+def pad(rows, loss="all"):
     """[(ids, n_prompt, ...)] -> (x, y) as in `TrainingSteps`."""
-    shape = shape or padded(len(rows), max(len(row[0]) for row in rows) - 1)
+    shape = padded(len(rows), max(len(row[0]) for row in rows) - 1)
     x = np.zeros(shape, np.int64)
     y = np.full(shape, IGNORE, np.int64)
     for b, (ids, n_prompt, *_) in enumerate(rows):

@@ -54,7 +54,7 @@ PRESETS = {
                  save_every=25, workers=0),
     # arXiv 2512.07783: 200 steps of 1024 prompts, 6 rollouts each, 4 updates
     "100m": dict(id_share=0.0, steps=200, prompts=1024, rollouts=6, updates=4, lr=1e-6, min_lr=1e-6, kl=1e-3, warmup=0,
-                 weight_decay=0.1, clip=1.0, max_new=1024, micro_tokens=65536, rows=3072, eval_every=20, eval_problems=256,
+                 weight_decay=0.1, clip=1.0, max_new=1024, micro_tokens=32768, rows=3072, eval_every=20, eval_problems=256,
                  save_every=20, workers=8),
 }
 SEED = 2_000_000   # added to --seed: problems of its own, not those of the stages before over again
@@ -163,6 +163,8 @@ def arguments():
     g = p.add_argument_group("running")
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     g.add_argument("--dtype", choices=["bfloat16", "float32"], help="of matrix products (default: bfloat16 where it is fast)")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="pack solutions end to end, without padding, and "
+                   "torch.compile the layers for the updates (default: with CUDA and bfloat16)")
     g.add_argument("--log-every", type=int, default=1, help="steps between rows of metrics (default 1)")
     g.add_argument("--eval-every", type=int, help="steps between evaluations on held-out problems")
     g.add_argument("--eval-problems", type=int, help="problems of such an evaluation, for ID and for OOD-edge each")
@@ -170,9 +172,12 @@ def arguments():
     args = p.parse_args()
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = args.device.startswith("cuda")
     if args.dtype is None:
-        fast = args.device.startswith("cuda") or torch.cpu._is_avx512_bf16_supported()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
         args.dtype = "bfloat16" if fast else "float32"
+    if args.compile is None:
+        args.compile = cuda and args.dtype == "bfloat16"
     try:
         if (args.budget is None) != (args.rl_share is None) or args.budget is not None and args.steps is not None:
             raise ValueError("--budget and --rl-share go together, and instead of --steps")
@@ -212,6 +217,8 @@ def arguments():
         args.mixture = data.parse_mixture(args.mix)
         args.law = data.distractor_law(args.distractors)
         torch.empty(0, device=args.device)
+        if args.compile and cuda and args.dtype != "bfloat16":
+            raise ValueError("--compile needs --dtype bfloat16 on CUDA: attention within packed problems has no float32 kernel")
         for name in ("steps prompts rollouts updates max_new micro_tokens rows log_every eval_every eval_problems "
                      "save_every").split():
             if getattr(args, name) < 1:
@@ -295,7 +302,7 @@ def main():
 
     # what the result depends on: a resumed run must have the same
     recipe = {k: v for k, v in vars(args).items() if k not in ("start model resume out ops eval_json id_share mixture law device "
-              "workers log_every eval_every eval_problems save_every").split()} | {"world": world}
+              "workers compile log_every eval_every eval_problems save_every").split()} | {"world": world}
     start, tokens_seen, seconds, val = 0, 0, 0.0, None
     metrics = os.path.splitext(args.out)[0] + ".jsonl"
     if args.resume and os.path.exists(args.out):
@@ -322,6 +329,11 @@ def main():
         rows = open(metrics).read().splitlines() if start and os.path.exists(metrics) else []
         with open(metrics, "w") as f:
             f.writelines(row + "\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= start)
+
+    if args.compile:  # one layer at a time, as in pretrain.py; sampling has its own steps
+        torch._dynamo.config.recompile_limit = 64
+        for layer in [*model.layers, *reference.layers]:
+            layer.compile(dynamic=False)
 
     enc = data.tokenizer()
     stop_token = enc.encode_single_token(data.END)
@@ -359,14 +371,23 @@ def main():
                                                   for j, ids in enumerate(tokens)])))
         return right
 
+    def to_device(a):
+        """An array or a tensor as a tensor there, a number as it is. On CUDA nothing waits for the copy."""
+        if isinstance(a, int):
+            return a
+        a = torch.as_tensor(a)
+        return (a.pin_memory() if kind == "cuda" else a).to(device, non_blocking=True)
+
     @torch.no_grad()
     def gold_loss():
         """Cross-entropy of the held-out gold solutions, nats a token: a broken model must not replace a good checkpoint."""
         losses = []
         if eval_rows["ID"]:  # a rank may have none
-            x, y = data.pad([data.encode_row(enc, row) for row in eval_rows["ID"][:16]], loss="solution")
+            batches = [arrays for _, arrays in data.micro_batches([data.encode_row(enc, row) for row in eval_rows["ID"][:16]],
+                                                                  args.micro_tokens, "solution", args.compile)]
             with precision:
-                losses = [float(model.loss(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device), "mean"))]
+                losses = [sum(float(model.loss(*map(to_device, arrays))) for arrays in batches)
+                          / sum((y != data.IGNORE).sum() for _, y, *_ in batches)]
         return float(np.mean(gathered(losses)))
 
     def give_up(step, why):
@@ -459,19 +480,16 @@ def main():
                 dist.all_reduce(n_tokens)
             if not args.kl:  # a group whose rewards are all equal has no gradient; with KL, that of KL alone
                 part = [r for r in part if r[3] != 0]
-            for batch in data.cut(part, args.micro_tokens):
-                x, y = data.pad(batch, loss="solution")
+            for batch, (x, y, *sequences) in data.micro_batches(part, args.micro_tokens, "solution", args.compile):
                 where = np.flatnonzero(y != data.IGNORE)  # the tokens of the solutions, row by row
                 lengths = torch.tensor([len(ids) - n_prompt for ids, n_prompt, *_ in batch])
-                tensors = [*map(torch.from_numpy, (x, where, y.flatten()[where])), torch.cat([old for _, _, old, _ in batch]),
-                           torch.stack([a for *_, a in batch]).repeat_interleave(lengths)]
-                if kind == "cuda":  # so that nothing waits for the copies
-                    tensors = [t.pin_memory() for t in tensors]
-                x, where, targets, old, A = (t.to(device, non_blocking=True) for t in tensors)
+                x, where, targets, old, A, *sequences = map(to_device, (
+                    x, where, y.flatten()[where], torch.cat([old for _, _, old, _ in batch]),
+                    torch.stack([a for *_, a in batch]).repeat_interleave(lengths), *sequences))
                 with precision:
-                    logprobs, entropy = model.logprobs(x, where, targets, args.temperature)
+                    logprobs, entropy = model.logprobs(x, where, targets, args.temperature, *sequences)
                     with torch.no_grad():
-                        ref = reference.logprobs(x, where, targets, args.temperature)[0] if args.kl else None
+                        ref = reference.logprobs(x, where, targets, args.temperature, *sequences)[0] if args.kl else None
                 loss, token_sums = grpo_loss(logprobs, old, ref, A, n_tokens, args.clip_ratio, args.kl)
                 loss.backward()
                 with torch.no_grad():
@@ -556,7 +574,7 @@ def main():
         if master and save:
             save_checkpoint(args.out, checkpoint(step))
         bar.update(1 if args.budget is None else sum(r["read"] for r in records))
-        if step == start + 1 and not end:
+        if step == start + (2 if args.compile else 1) and not end:  # the first step compiles
             left = args.steps - step if args.budget is None else (allowance - tokens_seen) / sum(r["read"] for r in records)
             say(f"expected time: about {(time.time() - step_began) * left / 60:.1f} minutes")
         if stop and not end:

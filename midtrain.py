@@ -73,7 +73,8 @@ def arguments():
     g = p.add_argument_group("running")
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     g.add_argument("--dtype", choices=["bfloat16", "float32"], help="of matrix products (default: bfloat16 where it is fast)")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default: with CUDA)")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="pack problems end to end, without padding, and "
+                   "torch.compile the layers (default: with CUDA and bfloat16)")
     g.add_argument("--log-every", type=int, default=5, help="steps between rows of metrics (default 5)")
     g.add_argument("--eval-every", type=int, default=50, help="steps between held-out losses (default 50)")
     g.add_argument("--save-every", type=int, help="steps between checkpoints")
@@ -81,11 +82,12 @@ def arguments():
     args = p.parse_args()
 
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.compile is None:
-        args.compile = args.device.startswith("cuda")
+    cuda = args.device.startswith("cuda")
     if args.dtype is None:
-        fast = args.device.startswith("cuda") or torch.cpu._is_avx512_bf16_supported()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
         args.dtype = "bfloat16" if fast else "float32"
+    if args.compile is None:
+        args.compile = cuda and args.dtype == "bfloat16"
     try:
         if (args.budget is None) != (args.rl_share is None) or args.budget is not None and args.steps is not None:
             raise ValueError("--budget and --rl-share go together, and instead of --steps")
@@ -113,6 +115,8 @@ def arguments():
         args.mixture = data.parse_mixture(args.mix)
         law = data.distractor_law(args.distractors)
         torch.empty(0, device=args.device)
+        if args.compile and cuda and args.dtype != "bfloat16":
+            raise ValueError("--compile needs --dtype bfloat16 on CUDA: attention within packed problems has no float32 kernel")
         for name in "steps batch micro_tokens log_every eval_every save_every".split():
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
@@ -144,8 +148,10 @@ def arguments():
 
 def tensors(micro_batches):
     """Arrays of data.TrainingSteps -> tensors, and how many targets and tokens they have. Runs where the problems are made."""
-    counts = [sum(int((y != data.IGNORE).sum()) for _, y in micro_batches), sum(int((x != 0).sum()) for x, _ in micro_batches)]
-    return [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in micro_batches], torch.tensor(counts)
+    counts = [sum(int((y != data.IGNORE).sum()) for _, y, *_ in micro_batches),
+              sum(int((x != 0).sum()) for x, *_ in micro_batches)]
+    return [[torch.as_tensor(a) if isinstance(a, np.ndarray) else a for a in batch] for batch in micro_batches], \
+        torch.tensor(counts)
 
 
 def as_worker(number):
@@ -224,7 +230,7 @@ def main():
     # data: step s trains on problems s * batch ... (s + 1) * batch - 1 of the stream
     def stream(split, **more):
         return data.TrainingSteps(args.mixture, args.batch, SEED + args.seed, split, args.loss, args.distractors,
-                                  args.micro_tokens, fixed=args.compile, **more)
+                                  args.micro_tokens, packed=args.compile, **more)
 
     train = stream("train", rank=rank, world=world)
     loader = torch.utils.data.DataLoader(train, batch_size=None, sampler=range(start, args.steps),
@@ -233,13 +239,13 @@ def main():
                                          worker_init_fn=as_worker)
     held_out = list(itertools.chain(*(tensors(stream("eval")[s])[0] for s in range(-(-256 // args.batch)))))
 
-    if args.compile:  # one layer at a time: a single program a shape, for all layers, and there are few shapes (data.LENGTHS)
+    if args.compile:  # one layer at a time: a single program a shape, for all layers, and there are few shapes (data.pack)
         torch._dynamo.config.recompile_limit = 64
         for layer in model.layers:
             layer.compile(dynamic=False)
 
     def to_device(batch):
-        return [a.to(device, non_blocking=True) for a in batch]
+        return [a.to(device, non_blocking=True) if torch.is_tensor(a) else a for a in batch]
 
     def accumulate(micro_batches, counts):
         """Add up the gradient of the mean loss per target token over micro-batches and ranks; returns that loss, and
@@ -249,9 +255,8 @@ def main():
             dist.all_reduce(counts)
         total = torch.zeros((), device=device)
         for batch in micro_batches:
-            x, y = to_device(batch)
             with precision:
-                loss = model.loss(x, y) / count
+                loss = model.loss(*to_device(batch)) / count
             loss.backward()
             total += loss.detach()
         if world > 1:
@@ -266,10 +271,9 @@ def main():
     def held_out_loss():
         total = count = 0.0
         for batch in held_out:
-            x, y = to_device(batch)
             with precision:
-                total += float(model.loss(x, y))
-            count += float((y != data.IGNORE).sum())
+                total += float(model.loss(*to_device(batch)))
+            count += float((batch[1] != data.IGNORE).sum())
         return total / count
 
     def checkpoint(step):
@@ -284,14 +288,17 @@ def main():
         f"mixture {args.mix}; {args.steps} steps of {args.batch} problems; {args.optimizer}, learning rate {args.lr:g}; "
         f"{args.dtype} on {device}" + (f", {world} ranks" if world > 1 else "") + f", {torch.get_num_threads()} threads")
     if start < args.steps:
+        if args.compile:
+            say("compiling for each size of micro-batch")
+            for size in data.pack_sizes(args.micro_tokens):
+                accumulate(tensors([data.pack([], size)])[0], torch.ones(2))
+            held_out_loss()
         probe = tensors(train[start])
-        for _ in range(2):  # the first pass warms up, and compiles
+        for _ in range(2):  # the first pass warms up
             then = time.time()
             float(accumulate(*probe)[0])
             model.zero_grad(set_to_none=True)
             took = time.time() - then
-        if args.compile:
-            held_out_loss()
         say(f"expected time: about {took * (args.steps - start) * 1.2 / 60:.1f} minutes")
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the model
@@ -102,12 +103,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.width, self.n_kv_heads * self.head_dim)
         self.o_proj = nn.Linear(self.n_heads * self.head_dim, config.width, bias=False)
 
-    def forward(self, x, cos, sin, attend):
+    def forward(self, x, cos, sin, attend, *sequences):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)     # (B, H, T, D)
         k = self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, D)
         v = self.v_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, D)
-        y = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)                        # (B, H, T, D)
+        y = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, *sequences)            # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -130,8 +131,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.width, config.eps)
         self.post_attention_layernorm = RMSNorm(config.width, config.eps)
 
-    def forward(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+    def forward(self, x, cos, sin, attend, *sequences):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend, *sequences)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -144,6 +145,24 @@ def causal_attention(q, k, v):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     q, k = q.to(v.dtype), k.to(v.dtype)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def packed_attention(q, k, v, cu_seqlens, max_seqlen):
+    """`causal_attention` where a row (B = 1) is several sequences end to end, see data.pack: a token sees its own only."""
+    T, gqa = q.shape[2], q.shape[1] != k.shape[1]
+    if q.is_cuda:  # the fused kernel, for bfloat16: it skips what is not of the same sequence
+        q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))                # (T, H, D), twice (T, G, D)
+        y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), enable_gqa=gqa)
+        return y.transpose(0, 1)[None]
+    sequence = sequence_of(cu_seqlens, T)  # elsewhere a mask, which is slow and good for comparison
+    sees = (sequence[:, None] == sequence).tril()
+    with torch.autocast(q.device.type, enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), sees, enable_gqa=gqa)
+
+
+def sequence_of(cu_seqlens, T):
+    """Which sequence each of T tokens belongs to."""
+    return torch.searchsorted(cu_seqlens, torch.arange(T, device=cu_seqlens.device, dtype=torch.int32), right=True) - 1
 
 
 def filled_up(where):
@@ -182,17 +201,21 @@ class Transformer(nn.Module):
         for layer in self.layers[:config.look_back]:
             look_back(layer.self_attn, config.rope_theta)
 
-    def hidden(self, ids, positions=None, attend=None):
+    def hidden(self, ids, *sequences, attend=None):
         """ids (B, T) -> what the head reads, (B, T, C).
 
-        positions: (B, T), default 0 ... T - 1. attend: one attention function a layer, default causal attention.
+        sequences: cu_seqlens and max_seqlen, if the one row of ids is several sequences end to end (data.pack). attend: one
+        attention function a layer, instead of causal attention.
         """
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        cos, sin = rotary_tables(positions[:, None], self.layers[0].self_attn.head_dim, self.config.rope_theta)
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        if sequences:
+            cu_seqlens = sequences[0]
+            positions = positions - cu_seqlens.index_select(0, sequence_of(cu_seqlens, len(positions)))
+        cos, sin = rotary_tables(positions, self.layers[0].self_attn.head_dim, self.config.rope_theta)
         x = self.embed_tokens(ids)
         for i, layer in enumerate(self.layers):  # a layer may be compiled, for training and not for each `attend`
-            x = layer.forward(x, cos, sin, attend[i]) if attend else layer(x, cos, sin, causal_attention)
+            x = layer.forward(x, cos, sin, attend[i]) if attend else \
+                layer(x, cos, sin, packed_attention if sequences else causal_attention, *sequences)
         return self.norm(x)
 
     def head(self, hidden):
@@ -203,20 +226,21 @@ class Transformer(nn.Module):
         """ids (B, T) -> logits (B, T, vocabulary) of the token that follows each."""
         return self.head(self.hidden(ids))
 
-    def loss(self, x, y, reduction="sum"):
-        """Cross-entropy in nats of targets y (B, T) given x (B, T); positions with y = -100 do not count."""
-        hidden, y = self.hidden(x).flatten(0, 1), y.flatten()
+    def loss(self, x, y, *sequences, reduction="sum"):
+        """Cross-entropy in nats of targets y (B, T) given x (B, T); positions with y = -100 do not count. sequences: see `hidden`."""
+        hidden, y = self.hidden(x, *sequences).flatten(0, 1), y.flatten()
         if not hidden.is_cuda:  # no logits where there is no loss; on CUDA the selection would wait for the device
             where = (y != -100).nonzero()[:, 0]
             hidden, y = hidden.index_select(0, filled_up(where)), F.pad(y[where], (0, -len(where) % 128), value=-100)
         return F.cross_entropy(self.head(hidden).float(), y, reduction=reduction)
 
-    def logprobs(self, x, where, targets, temperature=1.0):
+    def logprobs(self, x, where, targets, temperature=1.0, *sequences):
         """Log-probabilities (N,) of targets (N,), in nats, and the entropy (N,) of what each was drawn from (no gradient).
 
         targets[i] follows position where[i] of x (B, T), counted row by row. temperature: as it was when they were sampled.
+        sequences: see `hidden`.
         """
-        hidden = self.hidden(x).flatten(0, 1).index_select(0, filled_up(where))
+        hidden = self.hidden(x, *sequences).flatten(0, 1).index_select(0, filled_up(where))
         logprobs = (self.head(hidden)[:len(where)].float() / temperature).log_softmax(-1)
         with torch.no_grad():
             entropy = -(logprobs.exp() * logprobs).sum(-1)

@@ -133,7 +133,7 @@ def bench_train():
             torch._dynamo.config.recompile_limit = 64
             for layer in model.layers:
                 layer.compile(dynamic=False)
-        run = train_steps(model, batches, lambda m, x, y: m.loss(x, y, "mean"))
+        run = train_steps(model, batches, lambda m, x, y: m.loss(x, y, reduction="mean"))
         hf_run = hf and train_steps(hf, batches, lambda m, x, y: torch.nn.functional.cross_entropy(
             m(input_ids=x).logits.flatten(0, 1).float(), y.flatten()))
         mine, theirs = 0.0, 0.0
@@ -159,7 +159,7 @@ def bench_norm():
         return
     torch.manual_seed(0)
     batches, tokens, _ = training_batches("2-4")
-    run = train_steps(ours.Transformer(CONFIG).to(DEVICE), batches, lambda m, x, y: m.loss(x, y, "mean"))
+    run = train_steps(ours.Transformer(CONFIG).to(DEVICE), batches, lambda m, x, y: m.loss(x, y, reduction="mean"))
     written_out = ours.RMSNormCPU.apply
     rates = {}
     for name in ("ours", "theirs") * 3:

@@ -111,6 +111,8 @@ def _in_child(cwd, script, arguments, rank, env, record, send):
         _note_calls(*name.split("."), calls[name])
     multiprocessing.set_start_method(None, force=True)  # of processes that the script starts: Python's default again
     torch.set_num_threads(1)
+    compile_module = torch.nn.Module.compile  # --compile traces, and keeps torch's own kernels: no wait for a C++ compiler
+    torch.nn.Module.compile = lambda module, **options: compile_module(module, backend="eager", **options)
     sys.argv = [str(script), *arguments]
     try:
         runpy.run_path(str(script), run_name="__main__")

@@ -754,17 +754,46 @@ def test_micro_batches_are_filled_well():
         assert (len(some) + 1) * shortest > 0.7 * 4096  # there was little room left for the row that came next
 
 
+def unpacked(x, y, cu_seqlens):
+    """The sequences of a packed micro-batch that are not padding, each as (x, y) with one row, as `pad` has them."""
+    bounds = zip(cu_seqlens, cu_seqlens[1:])
+    return [(x[:, a:b], y[:, a:b]) for a, b in bounds if (y[:, a:b] != -100).any()]
+
+
+@pytest.mark.parametrize("loss", ["all", "solution"])
 @pytest.mark.parametrize("micro_tokens", [1, 2048, 16384])
-def test_fixed_shapes_are_few_and_hold_the_same_rows(micro_tokens):
-    steps = data.TrainingSteps(MIXTURE, batch_size=150, micro_tokens=micro_tokens, fixed=True)
-    shapes = set()
+def test_packed_micro_batches_hold_the_same_rows_in_few_shapes(micro_tokens, loss):
+    steps, shapes = data.TrainingSteps(MIXTURE, batch_size=150, loss=loss, micro_tokens=micro_tokens, packed=True), set()
     for s in range(3):
         batches = steps[s]
-        assert rows_of(batches) == rows_of(data.TrainingSteps(MIXTURE, batch_size=150)[s])
-        assert all(len(rows_of([batch])) == len(batch[0]) for batch in batches[:-1])  # only the last has rows to spare
-        assert len(rows_of(batches[-1:])) > len(batches[-1][0]) / 2
-        shapes |= {x.shape for x, _ in batches}
-    assert shapes <= {(max(1, micro_tokens // T >> halved), T) for T in data.LENGTHS for halved in range(10)}
+        rows = [row for x, y, cu_seqlens, _ in batches for row in unpacked(x, y, cu_seqlens)]
+        assert len(rows) == 150
+        assert rows_of(rows) == rows_of(data.TrainingSteps(MIXTURE, batch_size=150)[s])
+        apart = data.TrainingSteps(MIXTURE, batch_size=150, loss=loss)[s]
+        assert sum((y != -100).sum() for _, y, *_ in batches) == sum((y != -100).sum() for _, y in apart)
+        for x, y, cu_seqlens, max_seqlen in batches:
+            assert x.shape == y.shape == (1, x.size) and cu_seqlens.dtype == np.int32
+            assert cu_seqlens[0] == 0 and cu_seqlens[-1] == x.size  # every token is of a sequence, padding too
+            assert 0 <= np.diff(cu_seqlens).min() and np.diff(cu_seqlens).max() <= max_seqlen
+            shapes.add((x.size, len(cu_seqlens), max_seqlen))
+    sizes = {size for size, *_ in shapes}
+    assert len({size_and_length[:2] for size_and_length in shapes}) == len(sizes)  # one goes with the other
+    if micro_tokens > 1:
+        assert sizes <= {*data.pack_sizes(micro_tokens)} and {max_seqlen for *_, max_seqlen in shapes} == {512}
+
+
+def test_packed_micro_batches_are_filled_well():
+    for spec, distractors in ("2-10", 2), ("11-14", 2), ("15-20", 6), ("2", 2):
+        steps = data.TrainingSteps(data.parse_mixture(spec), 1000, distractors=distractors, micro_tokens=16384, packed=True)
+        batches = steps[0]
+        assert sum((x != 0).sum() for x, *_ in batches) > 0.95 * sum(x.size for x, *_ in batches)
+
+
+def test_a_row_longer_than_a_micro_batch_is_packed_whole():
+    rows = [([7] * 1500, 3), ([8] * 10, 3), ([9] * 700, 3)]
+    (first, (x, y, cu_seqlens, max_seqlen)), *others = data.micro_batches(rows, 512, packed=True)
+    assert first == rows[:2] and x.shape == (1, 2048) and max_seqlen == 2048 and cu_seqlens[:4].tolist() == [0, 1499, 1508, 2048]
+    assert [(batch, arrays[0].shape) for batch, arrays in others] == [(rows[2:], (1, 1024))]
 
 
 def test_step_s_is_a_pure_function():

@@ -58,7 +58,7 @@ def init(tmp_path_factory):
     x, y = map(torch.from_numpy, data.pad([data.encode_row(ENC, row) for row in rows], loss="solution"))
     loss = torch.tensor(math.inf)
     while loss > 0.07:  # after about 35 steps
-        loss = model.loss(x, y, "mean")
+        loss = model.loss(x, y, reduction="mean")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -516,10 +516,21 @@ def test_micro_batches_of_a_run_change_nothing(tmp_path, traced, init, micro_tok
     assert result.code == 0, result
     sizes = [len(rows) for rows in rollout_batches(result.calls[0])]
     assert sizes == ([1] * 40 if micro_tokens == 1 else [8, 12, 8, 12])
-    assert_close_weights(*(load_checkpoint(folder / "a.pt")["model"] for folder in (tmp_path, traced[0])))
-    for row, row_traced in zip(metrics(tmp_path / "a.jsonl"), metrics(traced[0] / "a.jsonl")):
+    assert_same_steps(tmp_path, traced[0])
+
+
+def assert_same_steps(folder, expected):
+    assert_close_weights(*(load_checkpoint(f / "a.pt")["model"] for f in (folder, expected)))
+    for row, row_expected in zip(metrics(folder / "a.jsonl"), metrics(expected / "a.jsonl"), strict=True):
         for name in ("loss", "grad_norm", "kl", "approx_kl", "clip_frac", "entropy", "reward"):
-            assert row[name] == pytest.approx(row_traced[name], rel=1e-3, abs=1e-6), name
+            assert row[name] == pytest.approx(row_expected[name], rel=1e-3, abs=1e-6), name
+
+
+def test_packed_and_compiled_updates_change_nothing(tmp_path, traced, init):
+    result = grpo(tmp_path, init, *TRACED, "--prompts", 5, "--compile", "--micro-tokens", 2048, record=["data.pack", "data.pad"])
+    assert result.code == 0, result
+    assert len(result.calls[0]["data.pack"]) >= 4 and not result.calls[0]["data.pad"]
+    assert_same_steps(tmp_path, traced[0])
 
 
 def test_without_kl_groups_of_equal_rewards_are_left_out(tmp_path, init):

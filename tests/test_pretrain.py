@@ -98,8 +98,8 @@ def test_a_seed_repeats_a_run_and_another_does_not(tmp_path):
     assert not any(torch.equal(a["model"][name], c["model"][name]) for name in a["model"])
 
 
-@pytest.mark.parametrize("arguments", [["--micro-tokens", "300"], ["--micro-tokens", "100000"], ["--workers", "1"]],
-                         ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--micro-tokens", "300"], ["--micro-tokens", "100000"], ["--workers", "1"],
+                                       ["--compile", "--micro-tokens", "400"], ["--compile", "--workers", "1"]], ids=" ".join)
 def test_the_division_of_work_changes_nothing(tmp_path, whole_float32, arguments):
     result = pretrain(tmp_path, *FLOAT32, *arguments, "--out", "a.pt")
     assert result.code == 0, result
@@ -249,14 +249,21 @@ def test_an_interrupted_run_saves_and_resumes_exactly(tmp_path, whole, number):
 
 def test_with_cuda_no_option_is_needed(tmp_path, monkeypatch):
     """Only the choice is tested here: what a machine with CUDA would run without any option but the ops."""
-    empty = torch.empty
+    empty, capable = torch.empty, True
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capable)
     monkeypatch.setattr(torch, "empty", lambda *size, device=None, **more: empty(*size, **more))  # it looks for the device
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--ops", "2-10"])
     _, args = P.arguments()
     assert (args.device, args.preset, args.dtype, args.compile) == ("cuda", "100m", "bfloat16", True)
     assert args.n_layers == 12 and args.width == 768 and args.workers >= 2 and args.micro_tokens >= 8192
+    capable = False  # a device before 2020: no bfloat16, and so no kernel for packed problems
+    _, args = P.arguments()
+    assert (args.preset, args.dtype, args.compile) == ("100m", "float32", False)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--compile"])
+    with pytest.raises(SystemExit, match="2"):
+        P.arguments()
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--device", "cpu"])
     _, args = P.arguments()
     assert (args.preset, args.compile, args.workers) == ("tiny", False, 0)
