@@ -18,6 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 
+# torch prefers cuDNN's attention on Hopper devices, which plans anew for every shape; flash attention takes any
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the model
 

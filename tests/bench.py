@@ -104,9 +104,9 @@ def train_steps(model, steps, loss_of):
 
     def run():
         for batches in steps:
-            for x, y in batches:
+            for batch in batches:
                 with torch.autocast(**PRECISION):
-                    loss = loss_of(model, x, y) / len(batches)
+                    loss = loss_of(model, *batch) / len(batches)
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -115,26 +115,30 @@ def train_steps(model, steps, loss_of):
 
 
 def training_batches(ops):
-    """As the presets have them: a few problems for a CPU, few shapes for a compiled model. -> [micro-batches of a step],
-    tokens without padding and with it."""
-    steps = data.TrainingSteps(data.parse_mixture(ops), 64, micro_tokens=2048) if DEVICE == "cpu" else \
-        data.TrainingSteps(data.parse_mixture(ops), 1152, micro_tokens=16384, fixed=True)
-    batches = [[tuple(torch.from_numpy(a).to(DEVICE) for a in batch) for batch in steps[s]] for s in range(4)]
-    return batches, sum(int((x != 0).sum()) for x, _ in sum(batches, [])), sum(x.numel() for x, _ in sum(batches, []))
+    """As the presets have them: a few problems for a CPU, more for a GPU, where ours are packed and Hugging Face's are rows of like
+    length. -> [micro-batches of a step] for ours, the same for theirs, how many tokens without padding, how many problems."""
+    few = dict(batch_size=64, micro_tokens=2048) if DEVICE == "cpu" else dict(batch_size=1152, micro_tokens=16384)
+    mixture, batches = data.parse_mixture(ops), []
+    for packed in (DEVICE == "cuda", False):
+        steps = [data.TrainingSteps(mixture, packed=packed, **few)[s] for s in range(4)]
+        tokens = sum(int((x != 0).sum()) for step in steps for x, *_ in step)
+        batches.append([[[a if isinstance(a, int) else torch.from_numpy(a).to(DEVICE) for a in batch] for batch in step]
+                        for step in steps])
+    return *batches, tokens, 4 * few["batch_size"]
 
 
 def bench_train():
     torch.manual_seed(0)
     for ops in ("2-4", "2-10"):
         model = ours.Transformer(CONFIG).to(DEVICE)
-        batches, tokens, padded = training_batches(ops)
+        batches, hf_batches, tokens, problems = training_batches(ops)
         hf = hf_model(model)
         if DEVICE == "cuda":  # as pretrain.py does
             torch._dynamo.config.recompile_limit = 64
             for layer in model.layers:
                 layer.compile(dynamic=False)
-        run = train_steps(model, batches, lambda m, x, y: m.loss(x, y, reduction="mean"))
-        hf_run = hf and train_steps(hf, batches, lambda m, x, y: torch.nn.functional.cross_entropy(
+        run = train_steps(model, batches, lambda m, *batch: m.loss(*batch, reduction="mean"))
+        hf_run = hf and train_steps(hf, hf_batches, lambda m, x, y: torch.nn.functional.cross_entropy(
             m(input_ids=x).logits.flatten(0, 1).float(), y.flatten()))
         mine, theirs = 0.0, 0.0
         for _ in range(3):  # in turns, so that a slow moment of the machine meets both
@@ -143,14 +147,12 @@ def bench_train():
             mine = max(mine, rate(run, tokens, 1))
             memory = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
             theirs = max(theirs, rate(hf_run, tokens, 1)) if hf else 0.0
-        row(f"training tokens/s, op {ops}, bf16", mine, theirs, "theirs: Qwen2ForCausalLM, same shape and batches")
+        row(f"training tokens/s, op {ops}, bf16", mine, theirs, "theirs: Qwen2ForCausalLM, same shape and problems")
         if DEVICE == "cuda":
             row("  GPU memory at most, with the weights of both, MB", memory / 1e6)
             if peak := ours.peak_flops(torch.cuda.get_device_name()):
-                per_token = model.flops_per_token(tokens / sum(len(x) for x, _ in sum(batches, [])))
+                per_token = model.flops_per_token(tokens / problems)
                 row("  share of the device's peak (MFU), %", 100 * mine * per_token / peak, 100 * theirs * per_token / peak)
-                row("  the same, padding counted as work, %", 100 * mine * per_token / peak * padded / tokens,
-                    100 * theirs * per_token / peak * padded / tokens)
 
 
 def bench_norm():
@@ -158,7 +160,7 @@ def bench_norm():
     if DEVICE != "cpu":
         return
     torch.manual_seed(0)
-    batches, tokens, _ = training_batches("2-4")
+    batches, _, tokens, _ = training_batches("2-4")
     run = train_steps(ours.Transformer(CONFIG).to(DEVICE), batches, lambda m, x, y: m.loss(x, y, reduction="mean"))
     written_out = ours.RMSNormCPU.apply
     rates = {}
