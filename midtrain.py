@@ -35,7 +35,7 @@ PRESETS = {
                  momentum=0.8, loss="all", distractors=4.0, micro_tokens=1536, save_every=100, workers=0),
     # arXiv 2512.07783: up to 2.5B of its tokens at 512k tokens a step
     "100m": dict(steps=4900, batch=1152, lr=1e-4, min_lr=3e-5, warmup=0.15, weight_decay=0.1, clip=1.0, optimizer="adamw",
-                 momentum=0.95, loss="all", distractors=2.0, micro_tokens=16384, save_every=500, workers=4),
+                 momentum=0.95, loss="all", distractors=2.0, micro_tokens=32768, save_every=500, workers=4),
 }
 
 SEED = 1_000_000  # added to --seed: problems of its own, not those of pre-training over again

@@ -38,7 +38,7 @@ PRESETS = {
     # arXiv 2512.07783: 10B of its tokens, about 22M problems, at 512k tokens a step; mixture 20 / 30 / 50 % by difficulty
     "100m": dict(mix="all:2-4:0.2,all:5-7:0.3,all:8-10:0.5", steps=19_000, batch=1152, lr=1e-4, min_lr=3e-5, warmup=0.05,
                  weight_decay=0.1, clip=1.0, optimizer="adamw", momentum=0.95, name_parts=0.0, loss="all",
-                 distractors=2.0, late_distractors=2.0, micro_tokens=16384, save_every=500, workers=4),
+                 distractors=2.0, late_distractors=2.0, micro_tokens=32768, save_every=500, workers=4),
 }
 MODEL = dict(n_layers="layers", width="width", n_heads="query heads", n_kv_heads="key-value heads",
              mlp="width inside the MLP", rope_theta="base of the rotary periods", init_std="spread of new weights",

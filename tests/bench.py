@@ -117,7 +117,7 @@ def train_steps(model, steps, loss_of):
 def training_batches(ops):
     """As the presets have them: a few problems for a CPU, more for a GPU, where ours are packed and Hugging Face's are rows of like
     length. -> [micro-batches of a step] for ours, the same for theirs, how many tokens without padding, how many problems."""
-    few = dict(batch_size=64, micro_tokens=2048) if DEVICE == "cpu" else dict(batch_size=1152, micro_tokens=16384)
+    few = dict(batch_size=64, micro_tokens=2048) if DEVICE == "cpu" else dict(batch_size=1152, micro_tokens=32768)
     mixture, batches = data.parse_mixture(ops), []
     for packed in (DEVICE == "cuda", False):
         steps = [data.TrainingSteps(mixture, packed=packed, **few)[s] for s in range(4)]

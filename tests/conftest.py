@@ -158,6 +158,18 @@ def end_with_workers(cwd, script, arguments, number, group):
     return process.returncode, messages, n_workers, workers
 
 
+@pytest.fixture
+def pretend_cuda(monkeypatch):
+    """pretend_cuda(bfloat16): while a script reads its arguments, it finds a device with CUDA, one that has bfloat16 or not."""
+    def pretend(bfloat16):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
+        monkeypatch.setattr(torch, "empty", lambda *size, device=None, **more: empty(*size, **more))  # it looks for the device
+
+    empty = torch.empty
+    return pretend
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -665,6 +665,18 @@ def test_the_mixture(tmp_path, untrained, monkeypatch, arguments, expected):
     assert shares_of({"recipe": {"mix": args.mix}}) == pytest.approx(expected)
 
 
+def test_with_cuda_updates_are_compiled_in_bfloat16_if_the_device_has_that(tmp_path, untrained, monkeypatch, pretend_cuda):
+    paths = ["grpo.py", "--init", str(untrained), "--out", str(tmp_path / "a.pt")]
+    for bfloat16, expected in (True, ("cuda", "bfloat16", True)), (False, ("cuda", "float32", False)):
+        pretend_cuda(bfloat16)
+        monkeypatch.setattr("sys.argv", paths)
+        _, args = G.arguments()
+        assert (args.device, args.dtype, args.compile) == expected
+    monkeypatch.setattr("sys.argv", [*paths, "--compile"])
+    with pytest.raises(SystemExit, match="2"):
+        G.arguments()
+
+
 def test_the_edge_that_was_measured_and_a_resumed_run_keeps_it(tmp_path, untrained):
     def measure(edge):
         found = {str(untrained): {"edge": edge}, "other.pt": {"edge": [2, 2]}}

@@ -54,6 +54,18 @@ def test_the_mixture(tmp_path, init, monkeypatch, arguments, expected):
     assert weights(args.mix) == pytest.approx(expected)
 
 
+def test_with_cuda_it_is_compiled_in_bfloat16_if_the_device_has_that(tmp_path, init, monkeypatch, pretend_cuda):
+    paths = ["midtrain.py", "--init", str(init), "--out", str(tmp_path / "a.pt")]
+    for bfloat16, expected in (True, ("cuda", "bfloat16", True)), (False, ("cuda", "float32", False)):
+        pretend_cuda(bfloat16)
+        monkeypatch.setattr("sys.argv", paths)
+        _, args = M.arguments()
+        assert (args.device, args.dtype, args.compile) == expected
+    monkeypatch.setattr("sys.argv", [*paths, "--compile"])
+    with pytest.raises(SystemExit, match="2"):
+        M.arguments()
+
+
 def test_it_starts_from_the_weights_of_its_init(tmp_path, init):
     result = midtrain(tmp_path, init, "--steps", 1, "--lr", 0)
     assert result.code == 0, result

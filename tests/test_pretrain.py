@@ -247,18 +247,15 @@ def test_an_interrupted_run_saves_and_resumes_exactly(tmp_path, whole, number):
     assert_same_run(tmp_path, whole)
 
 
-def test_with_cuda_no_option_is_needed(tmp_path, monkeypatch):
+def test_with_cuda_no_option_is_needed(tmp_path, monkeypatch, pretend_cuda):
     """Only the choice is tested here: what a machine with CUDA would run without any option but the ops."""
-    empty, capable = torch.empty, True
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capable)
-    monkeypatch.setattr(torch, "empty", lambda *size, device=None, **more: empty(*size, **more))  # it looks for the device
+    pretend_cuda(bfloat16=True)
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--ops", "2-10"])
     _, args = P.arguments()
     assert (args.device, args.preset, args.dtype, args.compile) == ("cuda", "100m", "bfloat16", True)
     assert args.n_layers == 12 and args.width == 768 and args.workers >= 2 and args.micro_tokens >= 8192
-    capable = False  # a device before 2020: no bfloat16, and so no kernel for packed problems
+    pretend_cuda(bfloat16=False)  # a device before 2020 has no kernel for packed problems
     _, args = P.arguments()
     assert (args.preset, args.dtype, args.compile) == ("100m", "float32", False)
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--compile"])
