@@ -146,7 +146,8 @@ def evaluate(model, problem_rows, args, rank=0, world=1, progress=None):
     enc = data.tokenizer()
     stop = enc.encode_single_token(data.END)
     generator, room = torch.Generator(args.device).manual_seed(args.seed + rank), {}
-    fast = args.device.startswith("cuda") or torch.cpu._is_avx512_bf16_supported()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if args.device.startswith("cuda") else \
+        torch.cpu._is_avx512_bf16_supported()
     precision = torch.autocast(torch.device(args.device).type, torch.bfloat16) if fast else nullcontext()
     records = []
     for op, rows in problem_rows.items():
