@@ -4,6 +4,7 @@ Benchmarks: ratios, measured side by side in one run, since machines and their m
     python tests/bench.py                 all (a few minutes on two cores)
     python tests/bench.py data verify     only these: data, verify, train, norm, sample, grpo,
                                           cost (of the whole recipe, with grpo)
+    python tests/bench.py profile         what the time of training and of sampling goes to
 
 Figures of the authors' public code are those of one core of another machine, so their ratio is a rough one. Where
 `transformers` is installed (pip install transformers), training and sampling run against Hugging Face's Qwen2 of the
@@ -127,17 +128,22 @@ def training_batches(ops):
     return *batches, tokens, 4 * few["batch_size"]
 
 
+def our_training(model, batches):
+    """A function that trains on these micro-batches, as pretrain.py does."""
+    if DEVICE == "cuda":
+        torch._dynamo.config.recompile_limit = 64
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+    return train_steps(model, batches, lambda m, *batch: m.loss(*batch, reduction="mean"))
+
+
 def bench_train():
     torch.manual_seed(0)
     for ops in ("2-4", "2-10"):
         model = ours.Transformer(CONFIG).to(DEVICE)
         batches, hf_batches, tokens, problems = training_batches(ops)
         hf = hf_model(model)
-        if DEVICE == "cuda":  # as pretrain.py does
-            torch._dynamo.config.recompile_limit = 64
-            for layer in model.layers:
-                layer.compile(dynamic=False)
-        run = train_steps(model, batches, lambda m, *batch: m.loss(*batch, reduction="mean"))
+        run = our_training(model, batches)
         hf_run = hf and train_steps(hf, hf_batches, lambda m, x, y: torch.nn.functional.cross_entropy(
             m(input_ids=x).logits.flatten(0, 1).float(), y.flatten()))
         mine, theirs = 0.0, 0.0
@@ -179,20 +185,26 @@ def bench_sample():
         sample_batch(512, 6)
 
 
+def our_sampling(model, n_prompts, n, new):
+    """A function that continues each prompt n times by `new` tokens, and the prompts."""
+    enc, room = data.tokenizer(), {}
+    rows = [data.make_row(i, data.parse_mixture("2-10")) for i in range(n_prompts)]
+    prompts = [data.encode(enc, data.prompt_text(r)) for r in rows]
+    nowhere = CONFIG.vocab_size  # a stop token that never comes: both sides write the same number of tokens
+
+    def run():
+        with torch.autocast(**PRECISION):
+            tokens, _ = ours.sample(model, prompts, nowhere, n=n, max_new=new, rows=3072, room=room)
+        assert sum(map(len, tokens)) == n_prompts * n * new
+    return run, prompts
+
+
 @torch.no_grad()
 def sample_batch(n_prompts, n, new=64):
     torch.manual_seed(0)
     model = ours.Transformer(CONFIG).to(DEVICE).eval()
-    enc = data.tokenizer()
-    rows = [data.make_row(i, data.parse_mixture("2-10")) for i in range(n_prompts)]
-    prompts = [data.encode(enc, data.prompt_text(r)) for r in rows]
-    count, room = n_prompts * n * new, {}
-    nowhere = CONFIG.vocab_size  # a stop token that never comes: both sides write the same number of tokens
-
-    def mine():
-        with torch.autocast(**PRECISION):
-            tokens, _ = ours.sample(model, prompts, nowhere, n=n, max_new=new, rows=3072, room=room)
-        assert sum(map(len, tokens)) == count
+    mine, prompts = our_sampling(model, n_prompts, n, new)
+    count = n_prompts * n * new
 
     hf = hf_model(model)
     theirs = None
@@ -211,6 +223,34 @@ def sample_batch(n_prompts, n, new=64):
         theirs = rate(hf_generate, count, 2)
     row(f"sampled tokens/s, {n_prompts} prompts x {n}, op 2-10, bf16", rate(mine, count, 2), theirs,
         "theirs: transformers' generate, same weights and batch")
+
+
+def bench_profile():
+    torch.manual_seed(0)
+    model = ours.Transformer(CONFIG).to(DEVICE)
+    profiled("sampling, op 2-10", our_sampling(model, *((64, 8) if DEVICE == "cpu" else (512, 6)), 64)[0])
+    profiled("training, op 2-10", our_training(model, training_batches("2-10")[0]))
+
+
+def profiled(what, run):
+    """Print which operations (on a CPU) or kernels the time of run() goes to."""
+    for _ in range(2):  # to warm up, and to capture
+        run()
+    cuda = torch.profiler.DeviceType.CUDA
+    began = time.perf_counter()
+    with torch.profiler.profile() as profile:
+        run()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+    wall, times = time.perf_counter() - began, {}
+    for e in profile.events():
+        if DEVICE == "cpu" or e.device_type == cuda:
+            spent = e.self_cpu_time_total if DEVICE == "cpu" else e.time_range.elapsed_us()
+            times[e.name] = times.get(e.name, 0) + spent / 1e6
+    busy = sum(times.values())
+    print(f"\n{what}: {busy:.2f} s of {wall:.2f} s in these, % of them")
+    for name, spent in sorted(times.items(), key=lambda item: -item[1])[:20]:
+        print(f"  {100 * spent / busy:5.1f}  {name[:110]}")
 
 
 def stage(folder, script, settings):
