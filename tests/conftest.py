@@ -170,6 +170,18 @@ def pretend_cuda(monkeypatch):
     return pretend
 
 
+def assert_compiled_where_there_is_bfloat16(stage, argv, monkeypatch, pretend_cuda):
+    """What a stage chooses with CUDA: compiled in bfloat16 if the device has that, neither if not, and then --compile is refused."""
+    for bfloat16, expected in (True, ("cuda", "bfloat16", True)), (False, ("cuda", "float32", False)):
+        pretend_cuda(bfloat16)
+        monkeypatch.setattr("sys.argv", argv)
+        _, args = stage.arguments()
+        assert (args.device, args.dtype, args.compile) == expected
+    monkeypatch.setattr("sys.argv", [*argv, "--compile"])
+    with pytest.raises(SystemExit, match="2"):
+        stage.arguments()
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -16,8 +16,8 @@ import torch
 
 import data
 import grpo as G
-from conftest import (BROKEN, ROOT, assert_refused, checkpoint_with, checkpoint_without, end_with_workers, is_finite,
-                      metrics, put, run, same)
+from conftest import (BROKEN, ROOT, assert_compiled_where_there_is_bfloat16, assert_refused, checkpoint_with,
+                      checkpoint_without, end_with_workers, is_finite, metrics, put, run, same)
 from grpo import group_advantages, grpo_loss, misjudged
 from model import Config, Transformer, build_model, load_checkpoint, sample, save_checkpoint
 from verify import reward, verify
@@ -667,14 +667,7 @@ def test_the_mixture(tmp_path, untrained, monkeypatch, arguments, expected):
 
 def test_with_cuda_updates_are_compiled_in_bfloat16_if_the_device_has_that(tmp_path, untrained, monkeypatch, pretend_cuda):
     paths = ["grpo.py", "--init", str(untrained), "--out", str(tmp_path / "a.pt")]
-    for bfloat16, expected in (True, ("cuda", "bfloat16", True)), (False, ("cuda", "float32", False)):
-        pretend_cuda(bfloat16)
-        monkeypatch.setattr("sys.argv", paths)
-        _, args = G.arguments()
-        assert (args.device, args.dtype, args.compile) == expected
-    monkeypatch.setattr("sys.argv", [*paths, "--compile"])
-    with pytest.raises(SystemExit, match="2"):
-        G.arguments()
+    assert_compiled_where_there_is_bfloat16(G, paths, monkeypatch, pretend_cuda)
 
 
 def test_the_edge_that_was_measured_and_a_resumed_run_keeps_it(tmp_path, untrained):

@@ -12,7 +12,8 @@ import torch
 
 import data
 import midtrain as M
-from conftest import BROKEN, TINY, assert_refused, checkpoint_with, checkpoint_without, is_finite, metrics, put, run, same
+from conftest import (BROKEN, TINY, assert_compiled_where_there_is_bfloat16, assert_refused, checkpoint_with, checkpoint_without,
+                      is_finite, metrics, put, run, same)
 from model import load_checkpoint
 
 
@@ -56,14 +57,7 @@ def test_the_mixture(tmp_path, init, monkeypatch, arguments, expected):
 
 def test_with_cuda_it_is_compiled_in_bfloat16_if_the_device_has_that(tmp_path, init, monkeypatch, pretend_cuda):
     paths = ["midtrain.py", "--init", str(init), "--out", str(tmp_path / "a.pt")]
-    for bfloat16, expected in (True, ("cuda", "bfloat16", True)), (False, ("cuda", "float32", False)):
-        pretend_cuda(bfloat16)
-        monkeypatch.setattr("sys.argv", paths)
-        _, args = M.arguments()
-        assert (args.device, args.dtype, args.compile) == expected
-    monkeypatch.setattr("sys.argv", [*paths, "--compile"])
-    with pytest.raises(SystemExit, match="2"):
-        M.arguments()
+    assert_compiled_where_there_is_bfloat16(M, paths, monkeypatch, pretend_cuda)
 
 
 def test_it_starts_from_the_weights_of_its_init(tmp_path, init):
