@@ -390,8 +390,13 @@ def main():
                           / sum((y != data.IGNORE).sum() for _, y, *_ in batches)]
         return float(np.mean(gathered(losses)))
 
-    def give_up(step, why):
+    def close():
         bar.close()
+        if workers:  # left to the interpreter's end, the pool may be torn down twice at once (a race in CPython 3.11)
+            workers.shutdown()
+
+    def give_up(step, why):
+        close()
         say(f"stopped at step {step}: {why}; try a smaller --lr. {args.out} holds the last good checkpoint, if one was "
             "written.")
         sys.exit(1)
@@ -578,10 +583,10 @@ def main():
             left = args.steps - step if args.budget is None else (allowance - tokens_seen) / sum(r["read"] for r in records)
             say(f"expected time: about {(time.time() - step_began) * left / 60:.1f} minutes")
         if stop and not end:
-            bar.close()
+            close()
             say(f"interrupted: saved {args.out} at step {step}; continue with --resume")
             sys.exit(130)
-    bar.close()
+    close()
     say(f"{args.out}: {step} steps, {step * args.prompts} prompts, {tokens_seen} tokens of RL (worth {tokens_seen * RL_COST:.3g} "
         f"training tokens), {(seconds + time.time() - began) / 60:.1f} minutes; held out, verified: {shares(val)}")
     if world > 1:
