@@ -209,6 +209,7 @@ REJECTED = {
     "no full stop": (edit(("so J = P = 2. ", "so J = P = 2 ")), {V.UNPARSABLE}, True, 0),
     "no so": (step("lion", "J = P = 2"), {V.UNPARSABLE}, True, 0),
     "a so too many": (edit(("t = L = 5", "so t = L = 5")), {V.UNPARSABLE}, True, 0),
+    "a solution in the prompt": ("<question> " + MODEL + " </question> <solution> " + MODEL, {V.STRAY, V.SEVERAL}, True, 0),
     "two prompts": ("<question> q </question> hm <solution> " + MODEL, {V.STRAY}, True, 0),
     # the answer
     "wrong answer": (edit(("Answer: 24", "Answer: 23")), {V.WRONG_ANSWER}, False, 0),
