@@ -299,8 +299,9 @@ MAX_DISTRACTORS = 12  # what always fits beside the largest graphs
 def distractor_law(mean):
     """Cumulative probabilities of 0..12 distractors with that mean, `--distractors`.
 
-    A geometric law with a fat tail: one problem in sixteen has 8 to 12, long ones. The tail brings training texts at
-    op 2-10 up to 320 tokens, where op 20 has 315 on average: the names of a problem leave no room for longer texts.
+    A geometric law with a fat tail: one problem in sixteen has 8 to 12, long ones. The tail brings training texts of
+    op 10 up to 260 tokens, where op 20 has 282 in the mean: past op 17 the length of a text is new, too. More distractors
+    would not fit beside the largest graphs, and the law is one for every op.
     Raises ValueError for a mean outside 0..10.
     """
     if not 0 <= mean <= 10:
@@ -554,6 +555,8 @@ def read_rows(path):
     rows = []
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
+            if not line.strip():
+                continue
             try:
                 row = json.loads(line)
                 prompt_text(row), row["solution"].split, row["template"], range(row["op"])
@@ -631,8 +634,8 @@ def encode(enc, text):
 
 
 def decode(enc, ids):
-    """Text of sampled ids. Ids past the vocabulary (VOCAB_SIZE is rounded up) have no text: a fresh model samples them."""
-    return enc.decode([i for i in ids if i < enc.n_vocab], errors="replace")
+    """Text of sampled ids. Ids past the vocabulary (VOCAB_SIZE is rounded up) have none, a zero byte shows that they were there."""
+    return enc.decode([i if i < enc.n_vocab else 0 for i in ids], errors="replace")
 
 
 def encode_row(enc, row):
@@ -665,7 +668,7 @@ class TrainingSteps:
                  rank=0, world=1, packed=False, late=None):
         self.mixture, self.batch_size, self.seed, self.split = mixture, batch_size, seed, split
         self.loss, self.law, self.micro_tokens = loss, distractor_law(distractors), micro_tokens
-        self.late_from, self.late_law = late and (late[0], distractor_law(late[1])) or (math.inf, None)
+        self.late_from, self.late_law = (late[0], distractor_law(late[1])) if late else (math.inf, None)
         self.rank, self.world, self.packed, self.enc = rank, world, packed, tokenizer()
 
     def __getitem__(self, step):
