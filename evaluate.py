@@ -45,17 +45,32 @@ def pass_at_k(n, c, k):
     return 1 - miss
 
 
-def interval(values):
-    """Mean of per-problem values and half the width of its 95 % confidence interval over problems (normal)."""
+def interval(values, clusters=None):
+    """Mean of per-problem values and half the width of its 95 % confidence interval over problems (normal); None for one.
+
+    clusters: a number for each problem; those with the same one are not taken for independent of each other. Problem i has
+    the same context and number of distractors at every op, so an interval over several ops needs them.
+    """
     values = np.asarray(values, float)
-    half = 1.96 * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(values.mean()), float(half)
+    _, cluster = np.unique(range(len(values)) if clusters is None else clusters, return_inverse=True)
+    sums = np.bincount(cluster, values - values.mean())
+    half = 1.96 * math.sqrt(sums @ sums * len(sums) / (len(sums) - 1)) / len(values) if len(sums) > 1 else None
+    return float(values.mean()), half
+
+
+def estimates(ks, values, records):
+    """{"pass@1": mean, "pass@1 +-": half an interval, ...}; values: k -> a value for each of the records."""
+    out = {}
+    for k in ks:
+        out[f"pass@{k}"], out[f"pass@{k} +-"] = interval(values(k), [r["i"] for r in records])
+    return out
 
 
 def group_of(op, id_ops):
-    """ID, OOD-edge or OOD-hard, from the op and the largest op of pre-training."""
+    """ID, OOD-edge or OOD-hard, from the op and the range [m, M] of pre-training; "below" for ops smaller than m."""
     groups = data.op_groups(id_ops)
-    return "ID" if op <= groups["ID"][1] else "OOD-edge" if op <= groups["OOD-edge"][1] else "OOD-hard"
+    return "below" if op < id_ops[0] else "ID" if op <= id_ops[1] else \
+        "OOD-edge" if op <= groups["OOD-edge"][1] else "OOD-hard"
 
 
 def arguments():
@@ -109,12 +124,13 @@ def arguments():
             args.loaded.append((path, build_model(checkpoint, path), checkpoint))
         args.id_ops = args.loaded[0][2]["id_ops"]
         if args.data:
-            rows = data.read_rows(args.data)
+            rows = [r for r in data.read_rows(args.data)
+                    if args.context in ("all", data.TEMPLATE_TO_CONTEXT.get(r["template"], r["template"]))]
             wanted = data.parse_ops(args.ops) if args.ops else range(10 ** 9)
             args.problem_rows = {op: [r for r in rows if r["op"] == op][:args.problems]
                                  for op in sorted({r["op"] for r in rows}) if op in wanted}
             if not args.problem_rows:
-                raise ValueError(f"{args.data} has no rows with op {args.ops}")
+                raise ValueError(f"{args.data} has no rows with op {args.ops or 'of any size'}, context {args.context}")
             for n, row in enumerate(rows, 1):
                 try:
                     verify(row["solution"], "")
@@ -130,8 +146,9 @@ def arguments():
             if os.path.isdir(path) or path.endswith("/"):
                 raise ValueError(f"{path} is a folder, not a file")
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            open(f"{path}.part", "ab").close()  # better to fail now than after the sampling
-            os.remove(f"{path}.part")
+            probe = f"{path}.{os.getpid()}.part"  # better to fail now than after the sampling
+            open(probe, "ab").close()
+            os.remove(probe)
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, AssertionError) as error:
         p.error(str(error).splitlines()[0])
     return args
@@ -140,7 +157,7 @@ def arguments():
 def evaluate(model, problem_rows, args, rank=0, world=1, progress=None):
     """Sample n solutions for every problem and verify them.
 
-    Returns a list of records, one a problem: op, context, distractors (how many), right ({verdict: how many of n}),
+    Returns a list of records, one a problem: op, i (its number among those of its op), context, distractors (how many), right ({verdict: how many of n}),
     errors ({kind: in how many samples}), hacked (right answer, wrong process), truncated, and the samples' texts.
     """
     enc = data.tokenizer()
@@ -170,7 +187,7 @@ def evaluate(model, problem_rows, args, rank=0, world=1, progress=None):
                     errors[kind] = errors.get(kind, 0) + 1
             needed = row["solution"].count("Define ") - row["solution"].count("Define total ")
             records.append(dict(
-                op=op, context=data.TEMPLATE_TO_CONTEXT.get(row["template"], row["template"]),
+                op=op, i=rank + j * world, context=data.TEMPLATE_TO_CONTEXT.get(row["template"], row["template"]),
                 distractors=row["problem"].count(" equals ") - needed,
                 right={v: sum(verdict[v] for verdict in verdicts) for v in VERDICTS}, errors=errors,
                 hacked=sum(v["outcome"] and not v["verified"] for v in verdicts),
@@ -181,14 +198,8 @@ def evaluate(model, problem_rows, args, rank=0, world=1, progress=None):
 def summarize(records, args):
     """Numbers of one checkpoint, as they go into the JSON file."""
     def numbers(chosen):
-        out = {}
-        for verdict in VERDICTS:
-            right = np.array([r["right"][verdict] for r in chosen])
-            out[verdict] = {}
-            for k in args.k:
-                mean, half = interval(pass_at_k(args.n, right, k))
-                out[verdict] |= {f"pass@{k}": mean, f"pass@{k} +-": None if math.isnan(half) else half}
-        return out
+        return {v: estimates(args.k, lambda k: pass_at_k(args.n, [r["right"][v] for r in chosen], k), chosen)
+                for v in VERDICTS}
 
     def by(key, chosen=records):
         return {name: numbers([r for r in chosen if key(r) == name]) for name in dict.fromkeys(map(key, chosen))}
@@ -203,7 +214,7 @@ def summarize(records, args):
     summary = dict(groups=by(group), ops={str(op): v for op, v in by(lambda r: r["op"]).items()},
                    contexts={c: by(group, [r for r in records if r["context"] == c])
                              for c in sorted({r["context"] for r in records})},
-                   # flat along a line, or the model has a problem with length rather than with op
+                   # problem i has as many at every op, so a group's ops are the same ones in each of its columns
                    distractors={g: dict(sorted(by(few_or_many, [r for r in records if group(r) == g]).items()))
                                 for g in dict.fromkeys(map(group, records))},
                    hacked=sum(r["hacked"] for r in records) / max(1, sum(r["right"]["outcome"] for r in records)),
@@ -224,12 +235,9 @@ def differences(records, others, args):
     """
     out = {}
     for name in dict.fromkeys(group_of(r["op"], args.id_ops) for r in records):
-        pairs = [(r["right"]["verified"], o["right"]["verified"]) for r, o in zip(records, others)
-                 if group_of(r["op"], args.id_ops) == name]
-        out[name] = {}
-        for k in args.k:
-            mean, half = interval([pass_at_k(args.n, c, k) - pass_at_k(args.n, d, k) for c, d in pairs])
-            out[name] |= {f"pass@{k}": mean, f"pass@{k} +-": None if math.isnan(half) else half}
+        mine, theirs = ([r for r in rs if group_of(r["op"], args.id_ops) == name] for rs in (records, others))
+        out[name] = estimates(args.k, lambda k: np.subtract(*(
+            pass_at_k(args.n, [r["right"]["verified"] for r in rs], k) for rs in (mine, theirs))), mine)
     return out
 
 
@@ -291,12 +299,11 @@ def plot(results, args):
             axes.errorbar(ops, mean, half, fmt=style, color=color, capsize=2, markersize=4, linewidth=1.5,
                           label=f"{name}: {k}")
     ops = [int(op) for op in next(iter(results.values()))["ops"]]
-    for group, color in (("OOD-edge", "0.95"), ("OOD-hard", "0.88")):
+    for group, color in (("below", "0.95"), ("ID", "1.0"), ("OOD-edge", "0.95"), ("OOD-hard", "0.88")):
         inside = [op for op in ops if group_of(op, args.id_ops) == group]
         if inside:
             axes.axvspan(inside[0] - 0.5, inside[-1] + 0.5, color=color, zorder=0)
             axes.text(inside[0] - 0.45, 1.02, group, va="bottom", fontsize=9)
-    axes.text(ops[0] - 0.45, 1.02, "ID", va="bottom", fontsize=9)
     axes.set(xlabel="op", ylabel="verified", ylim=(-0.02, 1.1), xlim=(ops[0] - 0.5, ops[-1] + 0.5), xticks=ops)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8)
@@ -313,7 +320,7 @@ def main():
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     n_problems = sum(map(len, args.problem_rows.values()))
     if rank == 0:
-        print(f"{n_problems} held-out problems, op {min(args.problem_rows)}-{max(args.problem_rows)}, {args.n} samples "
+        print(f"{n_problems} {'problems of ' + args.data if args.data else 'held-out problems'}, op {min(args.problem_rows)}-{max(args.problem_rows)}, {args.n} samples "
               f"each at temperature {args.temperature:g}, for {len(args.loaded)} checkpoint(s) on {args.device}", flush=True)
     results, all_records = {}, []
     for path, model, checkpoint in args.loaded:
@@ -345,6 +352,9 @@ def main():
         common = sorted(r["errors"].items(), key=lambda e: -e[1])[:4]
         print(f"{name}\n  edge (verified pass@{args.k[0]} below 0.5, pass@{args.k[-1]} at least 0.05): "
               + (f"op {r['edge'][0]}-{r['edge'][1]}" if r["edge"] else "none")
+              + f"\n  verified pass@{args.k[0]} by the number of distractors: " + "; ".join(
+                  f"{group} " + ", ".join(f"{n}: {v['verified'][f'pass@{args.k[0]}']:.2f}" for n, v in by_number.items())
+                  for group, by_number in r["distractors"].items())
               + f"\n  right answer by wrong reasoning: {100 * r['hacked']:.1f} % of the right answers; cut off: "
               f"{100 * r['truncated']:.1f} %\n  most frequent errors, in % of the samples: "
               + (", ".join(f"{kind} {100 * share:.0f}" for kind, share in common) or "none"))

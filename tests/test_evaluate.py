@@ -48,8 +48,15 @@ def test_interval_is_the_normal_one_over_problems():
     mean, half = interval([0.1, 0.2, 0.6])
     assert (mean, half) == pytest.approx((0.3, 1.96 * math.sqrt((0.04 + 0.01 + 0.09) / 2 / 3)))
     assert interval([0.5] * 10) == (0.5, 0.0)
-    mean, half = interval([1])
-    assert mean == 1 and math.isnan(half)  # one problem says nothing about others
+    assert interval([1]) == (1, None)  # one problem says nothing about others
+
+
+def test_an_interval_counts_what_is_not_independent_once():
+    values = [0.1, 0.2, 0.6, 0.9]
+    assert interval(values, [7, 3, 5, 4]) == pytest.approx(interval(values))
+    assert interval([*values, *values], [0, 1, 2, 3, 0, 1, 2, 3]) == pytest.approx(interval(values))  # nothing was added
+    # two clusters whose sums of differences from the mean of 0.5 are 0.6 and -0.6: variance 2 * 0.72, of the sum
+    assert interval([1, 0.6, 0.4, 0], [0, 0, 1, 1]) == pytest.approx((0.5, 1.96 * math.sqrt(1.44) / 4))
 
 
 def test_groups_of_ops():
@@ -57,6 +64,7 @@ def test_groups_of_ops():
     assert [op for op in names if names[op] == "ID"] == list(range(2, 11))
     assert [op for op in names if names[op] == "OOD-edge"] == [11, 12, 13, 14]
     assert [op for op in names if names[op] == "OOD-hard"] == list(range(15, 21))
+    assert [group_of(op, [4, 5]) for op in range(2, 9)] == ["below"] * 2 + ["ID"] * 2 + ["OOD-edge"] * 2 + ["OOD-hard"]
     assert [group_of(op, [2, 4]) for op in range(2, 9)] == ["ID"] * 3 + ["OOD-edge"] * 2 + ["OOD-hard"] * 2
 
 
@@ -144,7 +152,8 @@ def assert_numbers(numbers, ops):
         for k in (1, 2, 4):
             values = [np.mean([any(s) for s in itertools.combinations([True] * c + [False] * (4 - c), k)])
                       for c in counts(j, ops)]
-            half = 1.96 * math.sqrt(sum((v - np.mean(values)) ** 2 for v in values) / (len(values) - 1) / len(values))
+            off = np.subtract(values, np.mean(values)).reshape(-1, 3).sum(0)  # problem i of one op goes with i of another
+            half = 1.96 * math.sqrt((off ** 2).sum() * 3 / 2) / len(values)
             assert numbers[verdict][f"pass@{k}"] == pytest.approx(np.mean(values)), (verdict, k)
             assert numbers[verdict][f"pass@{k} +-"] == pytest.approx(half), (verdict, k)
 
@@ -299,14 +308,16 @@ def test_checkpoints_side_by_side(trained):
 def test_rows_of_a_file(trained):
     rows = [data.make_row(i, data.parse_mixture("movie:2"), 5) for i in range(3)]
     rows += [data.make_row(i, data.parse_mixture("zoo:9"), 5) for i in range(4)]
-    (trained / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (trained / "rows.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
     out, report = evaluated(trained, "a.pt", "--data", "rows.jsonl", "--n", 2, "--k", 2, "--show", 9)
-    assert out.startswith("7 held-out problems, op 2-9")
+    assert out.startswith("7 problems of rows.jsonl, op 2-9")
     result = report["checkpoints"]["a.pt"]
     assert list(result["ops"]) == ["2", "9"] and list(result["contexts"]) == ["movie", "zoo"]
     assert all(row["question"] in out for row in rows)
     out, report = evaluated(trained, "a.pt", "--data", "rows.jsonl", "--n", 2, "--k", 2, "--ops", "9-12", "--problems", 3)
-    assert out.startswith("3 held-out problems, op 9-9")
+    assert out.startswith("3 problems of rows.jsonl, op 9-9")
+    out, report = evaluated(trained, "a.pt", "--data", "rows.jsonl", "--n", 2, "--k", 2, "--context", "movie")
+    assert out.startswith("3 problems of rows.jsonl, op 2-2") and list(report["checkpoints"]["a.pt"]["contexts"]) == ["movie"]
 
 
 def test_without_arguments_it_reads_what_the_stages_wrote(trained, tmp_path):
