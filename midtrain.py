@@ -11,14 +11,13 @@ pre-trained on (80 %) and on that range (20 %), with its own warm-up and schedul
 Writes a checkpoint to --out and metrics, one JSON row every few steps, beside it (out/midtrain.jsonl). Ctrl-C saves.
 """
 import argparse
-import itertools
 import json
 import math
 import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 
 import numpy as np
@@ -33,8 +32,8 @@ from model import build_model, load_checkpoint, peak_flops, sample, save_checkpo
 PRESETS = {
     "tiny": dict(steps=400, batch=64, lr=4e-3, min_lr=0.0, warmup=0.15, weight_decay=0.1, clip=1.0, optimizer="muon",
                  momentum=0.8, loss="all", distractors=4.0, micro_tokens=1536, save_every=100, workers=0),
-    # arXiv 2512.07783: up to 2.5B of its tokens at 512k tokens a step
-    "100m": dict(steps=4900, batch=1152, lr=1e-4, min_lr=3e-5, warmup=0.15, weight_decay=0.1, clip=1.0, optimizer="adamw",
+    # arXiv 2512.07783: up to 2.5B of its tokens at 512k tokens a step, of which these problems have 560 each
+    "100m": dict(steps=4900, batch=912, lr=1e-4, min_lr=3e-5, warmup=0.15, weight_decay=0.1, clip=1.0, optimizer="adamw",
                  momentum=0.95, loss="all", distractors=2.0, micro_tokens=32768, save_every=500, workers=4),
 }
 
@@ -132,13 +131,16 @@ def arguments():
             tokens = np.mean([len(data.encode_row(enc, data.make_row(i, args.mixture, SEED + args.seed, law=law))[0]) - 1
                               for i in range(2000)])
             args.steps = max(1, round(args.budget * (1 - args.rl_share) / (tokens * args.batch)))
+        if args.batch < int(os.environ.get("WORLD_SIZE", 1)):
+            raise ValueError(f"--batch {args.batch} leaves ranks without problems: give each at least one")
         if os.path.isdir(args.out) or args.out.endswith(("/", ".jsonl")):
             raise ValueError(f"--out {args.out} must name a file, and not one in .jsonl, which is for the metrics")
         if os.path.realpath(args.out) == os.path.realpath(args.init):
             raise ValueError(f"--out {args.out} would overwrite the checkpoint to start from")
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-        open(f"{args.out}.part", "ab").close()  # better to fail now than at the first checkpoint
-        os.remove(f"{args.out}.part")
+        probe = f"{args.out}.{os.getpid()}.part"  # better to fail now than at the first checkpoint
+        open(probe, "ab").close()
+        os.remove(probe)
     except (KeyError, TypeError):
         p.error(f"{source} does not say how it was trained: it is not a whole checkpoint of a stage")
     except (ValueError, RuntimeError, OSError, AssertionError) as error:
@@ -187,8 +189,7 @@ def main():
     model = args.model.to(device).train()
     config = model.config
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    decay = [p for p in (others if args.optimizer == "muon" else model.parameters()) if p.ndim == 2]
+    decay = [model.embed_tokens.weight] + (matrices if args.optimizer == "adamw" else [])
     no_decay = [p for p in model.parameters() if p.ndim < 2]
     optimizers = [torch.optim.AdamW([dict(params=decay), dict(params=no_decay, weight_decay=0.0)], lr=args.lr,
                                     betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)]
@@ -222,22 +223,27 @@ def main():
     elif args.resume:
         say(f"there is no {args.out} yet: starting at step 0")
     if master:  # metrics that a killed run wrote past its last checkpoint would be written twice
-        rows = open(metrics).read().splitlines() if start and os.path.exists(metrics) else []
-        with open(metrics, "w") as f:
-            f.writelines(row + "\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= start)
+        kept = []
+        if start and os.path.exists(metrics):
+            for row in open(metrics).read().splitlines():
+                with suppress(ValueError):  # a kill may have cut a row off
+                    kept += [row + "\n"] if json.loads(row)["step"] <= start else []
+        with open(f"{metrics}.part", "w") as f:
+            f.writelines(kept)
+        os.replace(f"{metrics}.part", metrics)
 
     # ------------------------------------------------------------------------------------------------------------------
     # data: step s trains on problems s * batch ... (s + 1) * batch - 1 of the stream
-    def stream(split, **more):
-        return data.TrainingSteps(args.mixture, args.batch, SEED + args.seed, split, args.loss, args.distractors,
+    def stream(split, batch, **more):
+        return data.TrainingSteps(args.mixture, batch, SEED + args.seed, split, args.loss, args.distractors,
                                   args.micro_tokens, packed=args.compile, **more)
 
-    train = stream("train", rank=rank, world=world)
+    train = stream("train", args.batch, rank=rank, world=world)
     loader = torch.utils.data.DataLoader(train, batch_size=None, sampler=range(start, args.steps),
                                          num_workers=args.workers, collate_fn=tensors, pin_memory=kind == "cuda",
                                          generator=torch.Generator(),  # its own: it must not draw from the run's
                                          worker_init_fn=as_worker)
-    held_out = list(itertools.chain(*(tensors(stream("eval")[s])[0] for s in range(-(-256 // args.batch)))))
+    held_out, _ = tensors(stream("eval", 256)[0])
 
     if args.compile:  # one layer at a time: a single program a shape, for all layers, and there are few shapes (data.pack)
         torch._dynamo.config.recompile_limit = 64
@@ -365,7 +371,7 @@ def main():
         if master and save:
             save_checkpoint(args.out, checkpoint(done))
         bar.update()
-        if stop:
+        if stop and done < args.steps:
             bar.close()
             say(f"interrupted: saved {args.out} at step {done}; continue with --resume")
             sys.exit(130)

@@ -10,14 +10,13 @@ Stage 1, pre-training: next-token prediction from scratch on synthetic reasoning
 Writes a checkpoint to --out and metrics, one JSON row every few steps, beside it (out/pretrain.jsonl). Ctrl-C saves.
 """
 import argparse
-import itertools
 import json
 import math
 import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -117,11 +116,14 @@ def arguments():
             raise ValueError("--width must be a multiple of 2 * n_heads, --n-heads a multiple of --n-kv-heads")
         if args.warmup >= 1 or args.momentum >= 1 or not args.clip > 0 or not args.rope_theta > 0:
             raise ValueError("--warmup and --momentum are below 1; --clip and --rope-theta are above 0")
+        if args.batch < int(os.environ.get("WORLD_SIZE", 1)):
+            raise ValueError(f"--batch {args.batch} leaves ranks without problems: give each at least one")
         if os.path.isdir(args.out) or args.out.endswith(("/", ".jsonl")):
             raise ValueError(f"--out {args.out} must name a file, and not one in .jsonl, which is for the metrics")
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-        open(f"{args.out}.part", "ab").close()  # better to fail now than at the first checkpoint
-        os.remove(f"{args.out}.part")
+        probe = f"{args.out}.{os.getpid()}.part"  # better to fail now than at the first checkpoint
+        open(probe, "ab").close()
+        os.remove(probe)
     except (ValueError, RuntimeError, OSError, AssertionError) as error:
         p.error(str(error).splitlines()[0])
     return p, args
@@ -172,8 +174,7 @@ def main():
         embeddings[name] += args.name_parts * embeddings[parts].sum(0)
     model.to(device)
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    decay = [p for p in (others if args.optimizer == "muon" else model.parameters()) if p.ndim == 2]
+    decay = [model.embed_tokens.weight] + (matrices if args.optimizer == "adamw" else [])
     no_decay = [p for p in model.parameters() if p.ndim < 2]
     optimizers = [torch.optim.AdamW([dict(params=decay), dict(params=no_decay, weight_decay=0.0)], lr=args.lr,
                                     betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)]
@@ -210,22 +211,27 @@ def main():
     elif args.resume:
         say(f"there is no {args.out} yet: starting at step 0")
     if master:  # metrics that a killed run wrote past its last checkpoint would be written twice
-        rows = open(metrics).read().splitlines() if start and os.path.exists(metrics) else []
-        with open(metrics, "w") as f:
-            f.writelines(row + "\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= start)
+        kept = []
+        if start and os.path.exists(metrics):
+            for row in open(metrics).read().splitlines():
+                with suppress(ValueError):  # a kill may have cut a row off
+                    kept += [row + "\n"] if json.loads(row)["step"] <= start else []
+        with open(f"{metrics}.part", "w") as f:
+            f.writelines(kept)
+        os.replace(f"{metrics}.part", metrics)
 
     # ------------------------------------------------------------------------------------------------------------------
     # data: step s trains on problems s * batch ... (s + 1) * batch - 1 of the stream
-    def stream(split, **more):
-        return data.TrainingSteps(args.mixture, args.batch, args.seed, split, args.loss, args.distractors,
+    def stream(split, batch, **more):
+        return data.TrainingSteps(args.mixture, batch, args.seed, split, args.loss, args.distractors,
                                   args.micro_tokens, packed=args.compile, **more)
 
-    train = stream("train", rank=rank, world=world, late=(args.steps * 2 // 3, args.late_distractors))
+    train = stream("train", args.batch, rank=rank, world=world, late=(args.steps * 2 // 3, args.late_distractors))
     loader = torch.utils.data.DataLoader(train, batch_size=None, sampler=range(start, args.steps),
                                          num_workers=args.workers, collate_fn=tensors, pin_memory=kind == "cuda",
                                          generator=torch.Generator(),  # its own: it must not draw from the run's
                                          worker_init_fn=as_worker)
-    held_out = list(itertools.chain(*(tensors(stream("eval")[s])[0] for s in range(-(-256 // args.batch)))))
+    held_out, _ = tensors(stream("eval", 256)[0])
 
     if args.compile:  # one layer at a time: a single program a shape, for all layers, and there are few shapes (data.pack)
         torch._dynamo.config.recompile_limit = 64
@@ -354,7 +360,7 @@ def main():
         if master and save:
             save_checkpoint(args.out, checkpoint(done))
         bar.update()
-        if stop:
+        if stop and done < args.steps:
             bar.close()
             say(f"interrupted: saved {args.out} at step {done}; continue with --resume")
             sys.exit(130)

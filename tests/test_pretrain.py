@@ -247,6 +247,12 @@ def test_an_interrupted_run_saves_and_resumes_exactly(tmp_path, whole, number):
     assert_same_run(tmp_path, whole)
 
 
+def test_an_interrupt_in_the_last_step_is_no_interruption(tmp_path):
+    """It comes with the checkpoint of step 2 and is seen in step 3."""
+    result = pretrain(tmp_path, "--out", "a.pt", "--steps", 3, "--save-every", 1, send=(signal.SIGINT, 2))
+    assert result.code == 0 and "--resume" not in result.out and load_checkpoint(tmp_path / "a.pt")["step"] == 3
+
+
 def test_with_cuda_no_option_is_needed(tmp_path, monkeypatch, pretend_cuda):
     """Only the choice is tested here: what a machine with CUDA would run without any option but the ops."""
     monkeypatch.chdir(tmp_path)
@@ -372,6 +378,10 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(tmp_path, argum
     assert_refused(pretrain(tmp_path, "--steps", 2, *arguments.split()), word)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "afile"]
     assert (tmp_path / "afile").read_text() == "keep me"
+
+
+def test_a_batch_that_leaves_a_rank_without_problems_is_refused(tmp_path):
+    assert_refused(pretrain(tmp_path, "--steps", 2, "--batch", 1, ranks=2), "--batch", "ranks")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
