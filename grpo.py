@@ -13,7 +13,7 @@ Stage 3, reinforcement learning: GRPO (arXiv 2402.03300) from a checkpoint, with
 A step: sample a group of G solutions o_1 ... o_G for each of P prompts q, verify them, and update the model a few times,
 each time on a part of the prompts, towards larger
 
-    J = 1/N sum_q sum_i sum_t  min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i)  -  beta KL
+    J = 1/N sum_q sum_i sum_t  ( min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i)  -  beta KL )
 
     ratio = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)        pi_old: the model that sampled, at the sampling temperature
     A_i   = (r_i - mean(r)) / std(r)                             over the group; --advantage mean leaves out the division
@@ -32,7 +32,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from multiprocessing import get_context, parent_process
 
@@ -58,7 +58,8 @@ PRESETS = {
                  save_every=20, workers=8),
 }
 SEED = 2_000_000   # added to --seed: problems of its own, not those of the stages before over again
-RL_COST = 5 / 3    # of a token of RL in training tokens: 2 for the rollout, 2 for the reference, 6 for the update, against 6
+RL_COST = 5 / 3    # of a token of RL in training tokens: 2 for the rollout, 2 for the reference, 6 for the update, against 6;
+                   # the paper's price, for --kl 0 too, which has no reference and so needs less
 FLOOR = 0.1        # --curriculum: the least share of groups with a gradient that an op is credited with
 MEMORY = 0.9       # --curriculum: what a step leaves of what was known about an op before
 
@@ -141,7 +142,7 @@ def arguments():
     g.add_argument("--advantage", choices=["std", "mean"], default="std",
                    help="divide by the group's standard deviation, or not (default std)")
     g.add_argument("--clip-ratio", type=float, default=0.2, help="eps (default 0.2)")
-    g.add_argument("--kl", type=float, help="beta (default from the preset: 100m 0.001, tiny 0, which saves the reference)")
+    g.add_argument("--kl", type=float, help="beta (default from the preset: 100m 0.001, tiny 0, which needs no reference)")
     g.add_argument("--temperature", type=float, default=1.0, help="of sampling, and so of every probability (default 1)")
     g = p.add_argument_group("compute (defaults from the preset)")
     g.add_argument("--steps", type=int, help="rollout batches")
@@ -201,6 +202,8 @@ def arguments():
                 args.ops = args.start["recipe"]["edge"]
             args.edge = args.ops
         if args.mix is None:
+            if args.curriculum and args.id_share is not None:
+                raise ValueError("--curriculum decides by itself how often each op comes: it takes no --id-share")
             args.id_share = settings["id_share"] if args.id_share is None else args.id_share
             if not 0 <= args.id_share <= 1:
                 raise ValueError(f"--id-share must be from 0 to 1, got {args.id_share}")
@@ -246,8 +249,9 @@ def arguments():
         if os.path.realpath(args.out) == os.path.realpath(args.init):
             raise ValueError(f"--out {args.out} would overwrite the checkpoint to start from")
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-        open(f"{args.out}.part", "ab").close()  # better to fail now than at the first checkpoint
-        os.remove(f"{args.out}.part")
+        probe = f"{args.out}.{os.getpid()}.part"  # better to fail now than at the first checkpoint
+        open(probe, "ab").close()
+        os.remove(probe)
     except (KeyError, TypeError):
         p.error(f"{source} does not say how it was trained: it is not a whole checkpoint of a stage")
     except (ValueError, RuntimeError, OSError, AssertionError) as error:
@@ -292,7 +296,7 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # the policy (of --init or of a run to resume), the reference, the optimizer
     model = args.model.to(device).train()
-    reference = copy.deepcopy(model).requires_grad_(False)
+    reference = copy.deepcopy(model).requires_grad_(False) if args.kl else None
     matrices = [p for p in model.parameters() if p.ndim == 2]
     optimizer = torch.optim.AdamW(
         [dict(params=matrices), dict(params=[p for p in model.parameters() if p.ndim < 2], weight_decay=0.0)], lr=args.lr,
@@ -315,7 +319,8 @@ def main():
                     raise ValueError(f"{args.out} was made with {key} {checkpoint['recipe'].get(key)}, not {value}: "
                                      "resume with the same arguments, or start afresh without --resume")
             optimizer.load_state_dict(checkpoint["optimizer"])
-            reference.load_state_dict(checkpoint["reference"])
+            if reference:
+                reference.load_state_dict(checkpoint["reference"])
             learnable = dict(zip(ops, checkpoint["learnable"]))
             start, tokens_seen, seconds, val = (checkpoint[k] for k in ("step", "tokens", "seconds", "held_out"))
         except ValueError as error:
@@ -326,13 +331,18 @@ def main():
     elif args.resume:
         say(f"there is no {args.out} yet: starting at step 0")
     if master:  # metrics that a killed run wrote past its last checkpoint would be written twice
-        rows = open(metrics).read().splitlines() if start and os.path.exists(metrics) else []
-        with open(metrics, "w") as f:
-            f.writelines(row + "\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= start)
+        kept = []
+        if start and os.path.exists(metrics):
+            for row in open(metrics).read().splitlines():
+                with suppress(ValueError):  # a kill may have cut a row off
+                    kept += [row + "\n"] if json.loads(row)["step"] <= start else []
+        with open(f"{metrics}.part", "w") as f:
+            f.writelines(kept)
+        os.replace(f"{metrics}.part", metrics)
 
     if args.compile:  # one layer at a time, as in pretrain.py; sampling has its own steps
         torch._dynamo.config.recompile_limit = 64
-        for layer in [*model.layers, *reference.layers]:
+        for layer in [*model.layers, *(reference.layers if reference else [])]:
             layer.compile(dynamic=False)
 
     enc = data.tokenizer()
@@ -407,7 +417,7 @@ def main():
     def checkpoint(step):
         return dict(stage="grpo", config=asdict(model.config), model=model.state_dict(), step=step, tokens=tokens_seen,
                     problems=step * args.prompts, seconds=seconds + time.time() - began, recipe=recipe, id_ops=args.id_ops,
-                    held_out=val, optimizer=optimizer.state_dict(), reference=reference.state_dict(),
+                    held_out=val, optimizer=optimizer.state_dict(), reference=reference and reference.state_dict(),
                     learnable=[learnable[op] for op in ops])
 
     say(f"{args.init}: {model.n_params() / 1e6:.2f}M parameters; mixture {args.mix}"
@@ -444,9 +454,9 @@ def main():
         generator.manual_seed(((SEED + args.seed) * 1_000_003 + step) * world + rank)
         jobs = []  # (indices of some solutions, what becomes their verdicts)
 
-        def judge(finished):
+        def judge(solutions):
             """Verify solutions [(index, ids)]: in a worker, while others are sampled, or here."""
-            for part in (finished[i:i + 64] for i in range(0, len(finished), 64)):
+            for part in (solutions[i:i + 64] for i in range(0, len(solutions), 64)):
                 pairs = [(rows[j // args.rollouts]["solution"], data.decode(enc, ids)) for j, ids in part]
                 jobs.append(([j for j, _ in part], workers.submit(verdicts, pairs) if workers else verdicts(pairs)))
 
@@ -476,7 +486,8 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr
         sums = {name: torch.zeros((), device=device)
-                for name in ("loss", "kl", "approx_kl", "clipped", "entropy", "mismatch", "first", "tokens")}
+                for name in ("loss", "kl", "approx_kl", "clipped", "entropy", "mismatch", "sampled", "tokens")}
+        grad_norms = []
         for update in range(args.updates):
             first, last = (u * len(rows) // args.updates * args.rollouts for u in (update, update + 1))
             part = rollouts[first:last]
@@ -505,18 +516,20 @@ def main():
                     sums["tokens"] += len(old)
                     if update == 0:  # nothing has changed since sampling: the engine and `forward` should agree
                         sums["mismatch"] += (logprobs - old).abs().sum()
-                        sums["first"] += len(old)
-            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
+                        sums["sampled"] += len(old)
+            for p in model.parameters():
+                if p.grad is None:  # no group of this part has a gradient
+                    p.grad = torch.zeros_like(p)
             if world > 1:
-                flat = torch.cat([g.flatten() for g in gradients])
+                flat = torch.cat([p.grad.flatten() for p in model.parameters()])
                 dist.all_reduce(flat)
-                gradients = [g.view_as(p) for p, g in zip(model.parameters(), flat.split([g.numel() for g in gradients]))]
-            for p, g in zip(model.parameters(), gradients):
-                p.grad = g
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            if not torch.isfinite(grad_norm):
+                for p, g in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()])):
+                    p.grad.copy_(g.view_as(p))
+            grad_norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)))
+            if not math.isfinite(grad_norms[-1]):
                 give_up(step + 1, "the gradient is not finite")
-            optimizer.step()
+            if grad_norms[-1]:  # else Adam would go on in its old direction, for nothing that was learnt
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if world > 1:
             flat = torch.stack(list(sums.values()))
@@ -527,7 +540,8 @@ def main():
         # --------------------------------------------------------------------------------------------------------------
         # what was learnt from, per op: groups without a right solution, with some, with only right ones
         step += 1
-        records = gathered([dict(op=rows[j // args.rollouts]["op"], reward=float(r), outcome=v["outcome"], process=v["process"],
+        records = gathered([dict(op=rows[j // args.rollouts]["op"], reward=float(r),
+                                 right=reward(v, args.reward, args.alpha) > 1 - 1e-6, outcome=v["outcome"], process=v["process"],
                                  verified=v["verified"], strict=v["strict"], length=len(ids), cut=ids[-1] != stop_token,
                                  read=len(prompts[j // args.rollouts]) + len(ids))
                             for j, (r, v, ids) in enumerate(zip(rewards, judged, tokens))])
@@ -535,7 +549,7 @@ def main():
         groups = {}
         for j in range(0, len(records), args.rollouts):
             group = [r["reward"] for r in records[j:j + args.rollouts]]
-            right = [r > 1 - 1e-6 for r in group]
+            right = [r["right"] for r in records[j:j + args.rollouts]]
             g = groups.setdefault(records[j]["op"],
                                   dict(groups=0, all_wrong=0, mixed=0, all_right=0, gradient=0, reward=0.0))
             g["groups"] += 1
@@ -567,8 +581,8 @@ def main():
                 groups={str(op): {k: v / g["groups"] if k != "groups" else v for k, v in g.items()}
                         for op, g in sorted(groups.items())},
                 kl=float(sums["kl"]) / n, approx_kl=float(sums["approx_kl"]) / n, clip_frac=float(sums["clipped"]) / n,
-                entropy=float(sums["entropy"]) / n, mismatch=float(sums["mismatch"]) / (float(sums["first"]) or 1.0),
-                grad_norm=float(grad_norm), lr=lr, length=mean("length"), truncated=mean("cut"), held_out=val,
+                entropy=float(sums["entropy"]) / n, mismatch=float(sums["mismatch"]) / (float(sums["sampled"]) or 1.0),
+                grad_norm=sum(grad_norms) / len(grad_norms), lr=lr, length=mean("length"), truncated=mean("cut"), held_out=val,
                 problems=step * args.prompts, tokens=tokens_seen, training_tokens=round(tokens_seen * RL_COST),
                 tokens_per_s=round(mean("length") * len(records) / rollout_seconds), rollout_s=round(rollout_seconds, 3),
                 verify_s=round(verify_seconds, 3), update_s=round(update_seconds, 3),

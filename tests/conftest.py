@@ -99,9 +99,10 @@ def _in_child(cwd, script, arguments, rank, env, record, send):
     replace, saves = os.replace, []
 
     def replace_after_signal(*args):
-        saves.append(args)
-        if len(saves) == send[1]:
-            os.kill(os.getpid(), send[0])
+        if args[1].endswith(".pt"):
+            saves.append(args)
+            if len(saves) == send[1]:
+                os.kill(os.getpid(), send[0])
         replace(*args)
 
     if send:

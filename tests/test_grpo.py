@@ -314,7 +314,8 @@ def test_noise_strikes_each_solution_by_itself(tmp_path, untrained):
     rows = metrics(tmp_path / "a.jsonl")
     for row in rows:
         assert row["process"] == 0 and abs(row["reward"] - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 256)
-        assert row["groups"]["2"]["mixed"] > 0.8  # within groups
+        assert row["groups"]["2"]["gradient"] > 0.8  # within groups
+        assert row["groups"]["2"]["all_wrong"] == 1  # what the noise says does not make anything right
     assert rows[0]["reward"] != rows[1]["reward"]
 
 
@@ -358,7 +359,7 @@ def by_hand(init, steps):
                                    dict(params=vectors, weight_decay=0.0)], betas=(0.9, 0.95))
     numbers = []
     for step, ranks in enumerate(steps):
-        sums = dict(loss=0.0, kl=0.0, approx_kl=0.0, clip_frac=0.0, entropy=0.0, tokens=0)
+        sums = dict(loss=0.0, kl=0.0, approx_kl=0.0, clip_frac=0.0, entropy=0.0, tokens=0, grad_norm=0.0)
         for update in range(s["updates"]):
             terms = []
             for groups in ranks:
@@ -388,9 +389,10 @@ def by_hand(init, steps):
             optimizer.step()
             optimizer.zero_grad()
             sums["loss"] += loss.item() / s["updates"]
+            sums["grad_norm"] += norm / s["updates"]
             sums["tokens"] += len(terms)
         means = {k: sums[k] / sums["tokens"] for k in ("kl", "approx_kl", "clip_frac", "entropy")}
-        numbers.append(means | dict(loss=sums["loss"], grad_norm=norm))
+        numbers.append(means | dict(loss=sums["loss"], grad_norm=sums["grad_norm"]))
     return model, numbers
 
 
@@ -548,7 +550,21 @@ def test_without_kl_groups_of_equal_rewards_are_left_out(tmp_path, init):
 def test_without_a_reward_and_kl_nothing_changes(tmp_path, untrained):
     result = grpo(tmp_path, untrained, *"--steps 2 --kl 0 --max-new 4 --lr 0.01".split())
     assert result.code == 0, result
-    assert same(load_checkpoint(tmp_path / "a.pt")["model"], load_checkpoint(untrained)["model"])
+    checkpoint = load_checkpoint(tmp_path / "a.pt")
+    assert same(checkpoint["model"], load_checkpoint(untrained)["model"]) and checkpoint["reference"] is None
+
+
+def test_an_update_without_a_gradient_does_not_go_on_in_the_old_direction(tmp_path, init, untrained):
+    """Adam would, from the moments of the updates before; so would its weight decay."""
+    arguments = "--steps 2 --kl 0 --lr 0.01 --weight-decay 0.1 --warmup 0 --save-every 1 --reward outcome".split()
+    assert grpo(tmp_path, init, *arguments, send=(signal.SIGKILL, 2)).code == -signal.SIGKILL
+    checkpoint = load_checkpoint(tmp_path / "a.pt")
+    assert metrics(tmp_path / "a.jsonl")[0]["grad_norm"] > 0 and checkpoint["optimizer"]["state"]
+    checkpoint["model"] = load_checkpoint(untrained)["model"]  # of the same shape, and nothing it writes is right
+    save_checkpoint(tmp_path / "a.pt", checkpoint)
+    result = grpo(tmp_path, init, *arguments, "--resume")
+    assert result.code == 0 and metrics(tmp_path / "a.jsonl")[1]["grad_norm"] == 0, result
+    assert same(load_checkpoint(tmp_path / "a.pt")["model"], checkpoint["model"])
 
 
 def test_the_advantage_can_leave_out_the_division(tmp_path, init):
@@ -762,7 +778,7 @@ def test_a_killed_run_resumes_exactly(tmp_path, init, whole):
     assert grpo(tmp_path, init, *SIX, send=(signal.SIGKILL, 2)).code == -signal.SIGKILL
     assert load_checkpoint(tmp_path / "a.pt")["step"] == 2 and metrics(tmp_path / "a.jsonl")[-1]["step"] == 4
     with open(tmp_path / "a.jsonl", "a") as f:
-        f.write('{"step": 5, "los')  # killed in the middle of a line
+        f.write('{"step": 2, "groups": {"2": {"groups": 4}')  # killed in the middle of a line
     result = grpo(tmp_path, init, *SIX, "--resume", send=(signal.SIGKILL, 2))
     assert result.code == -signal.SIGKILL and "at step 2" in result.out
     assert load_checkpoint(tmp_path / "a.pt")["step"] == 4
@@ -922,7 +938,7 @@ BAD = [  # arguments, words in the last line
     ("--micro-tokens 0", "--micro-tokens"), ("--rows 0", "--rows"), ("--log-every 0", "--log-every"),
     ("--eval-every 0", "--eval-every"), ("--eval-problems 0", "--eval-problems"), ("--save-every 0", "--save-every"),
     ("--reward foo", "foo"), ("--alpha 2", "--alpha"), ("--alpha -0.1", "--alpha"), ("--alpha nan", "--alpha"),
-    ("--id-share -0.1 --ops 3", "--id-share"), ("--id-share nan --ops 3", "--id-share"),
+    ("--id-share 0.2 --curriculum", "--curriculum"), ("--id-share -0.1 --ops 3", "--id-share"), ("--id-share nan --ops 3", "--id-share"),
     ("--reward-noise -1", "--reward-noise"), ("--reward-noise 1.5", "--reward-noise"), ("--advantage foo", "foo"),
     ("--clip-ratio 0", "--clip-ratio"), ("--kl -1", "--kl"), ("--kl nan", "--kl"), ("--temperature 0", "--temperature"),
     ("--temperature -1", "--temperature"), ("--temperature inf", "--temperature"), ("--lr -1", "--lr"), ("--lr inf", "--lr"),
