@@ -634,7 +634,7 @@ def encode(enc, text):
 
 
 def decode(enc, ids):
-    """Text of sampled ids. Ids past the vocabulary (VOCAB_SIZE is rounded up) have none, a zero byte shows that they were there."""
+    """Text of sampled ids. Those past the vocabulary (VOCAB_SIZE is rounded up) have none: a zero byte stands for each."""
     return enc.decode([i if i < enc.n_vocab else 0 for i in ids], errors="replace")
 
 

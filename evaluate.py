@@ -157,12 +157,12 @@ def arguments():
 def evaluate(model, problem_rows, args, rank=0, world=1, progress=None):
     """Sample n solutions for every problem and verify them.
 
-    Returns a list of records, one a problem: op, i (its number among those of its op), context, distractors (how many), right ({verdict: how many of n}),
-    errors ({kind: in how many samples}), hacked (right answer, wrong process), truncated, and the samples' texts.
+    Returns a list of records, one a problem: op, i (its number among those of its op), context, distractors (how many),
+    right ({verdict: how many of n}), errors ({kind: in how many samples}), hacked (right answer, wrong process), truncated, and the samples' texts.
     """
     enc = data.tokenizer()
     stop = enc.encode_single_token(data.END)
-    generator, room = torch.Generator(args.device).manual_seed(args.seed + rank), {}
+    generator, buffers = torch.Generator(args.device).manual_seed(args.seed + rank), {}
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if args.device.startswith("cuda") else \
         torch.cpu._is_avx512_bf16_supported()
     precision = torch.autocast(torch.device(args.device).type, torch.bfloat16) if fast else nullcontext()
@@ -176,7 +176,7 @@ def evaluate(model, problem_rows, args, rank=0, world=1, progress=None):
         with precision:
             tokens, _ = sample(model, [ids[:n_prompt] for ids, n_prompt in encoded], stop, args.n,
                                max_new=longest * 3 // 2 + 16, temperature=args.temperature, generator=generator,
-                               rows=args.rows, progress=progress, room=room)
+                               rows=args.rows, progress=progress, buffers=buffers)
         for j, row in enumerate(rows):
             mine = tokens[j * args.n:(j + 1) * args.n]
             texts = [data.decode(enc, ids) for ids in mine]
@@ -320,8 +320,9 @@ def main():
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     n_problems = sum(map(len, args.problem_rows.values()))
     if rank == 0:
-        print(f"{n_problems} {'problems of ' + args.data if args.data else 'held-out problems'}, op {min(args.problem_rows)}-{max(args.problem_rows)}, {args.n} samples "
-              f"each at temperature {args.temperature:g}, for {len(args.loaded)} checkpoint(s) on {args.device}", flush=True)
+        what = f"problems of {args.data}" if args.data else "held-out problems"
+        print(f"{n_problems} {what}, op {min(args.problem_rows)}-{max(args.problem_rows)}, {args.n} samples each at "
+              f"temperature {args.temperature:g}, for {len(args.loaded)} checkpoint(s) on {args.device}", flush=True)
     results, all_records = {}, []
     for path, model, checkpoint in args.loaded:
         model.to(args.device)

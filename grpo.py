@@ -347,7 +347,7 @@ def main():
 
     enc = data.tokenizer()
     stop_token = enc.encode_single_token(data.END)
-    generator, room = torch.Generator(device), {}  # room: where sampling keeps its CUDA graphs from step to step
+    generator, buffers = torch.Generator(device), {}  # where sampling keeps its memory and CUDA graphs from step to step
     allowance = args.budget * args.rl_share / RL_COST if args.budget is not None else math.inf
 
     def finished(step):
@@ -376,7 +376,7 @@ def main():
             generator.manual_seed(rank)
             with precision:
                 tokens, _ = sample(model, [data.encode(enc, data.prompt_text(row)) for row in rows], stop_token, 4,
-                                   args.max_new, temperature=0.7, generator=generator, rows=args.rows, room=room)
+                                   args.max_new, temperature=0.7, generator=generator, rows=args.rows, buffers=buffers)
             right[name] = float(np.mean(gathered([verify(rows[j // 4]["solution"], data.decode(enc, ids))["verified"]
                                                   for j, ids in enumerate(tokens)])))
         return right
@@ -462,7 +462,7 @@ def main():
 
         with precision:
             tokens, old_logprobs = sample(model, prompts, stop_token, args.rollouts, args.max_new, args.temperature,
-                                          generator, args.rows, progress=judge if workers else None, room=room)
+                                          generator, args.rows, progress=judge if workers else None, buffers=buffers)
         rollout_seconds = time.time() - step_began
 
         # --------------------------------------------------------------------------------------------------------------
@@ -541,8 +541,9 @@ def main():
         # what was learnt from, per op: groups without a right solution, with some, with only right ones
         step += 1
         records = gathered([dict(op=rows[j // args.rollouts]["op"], reward=float(r),
-                                 right=reward(v, args.reward, args.alpha) > 1 - 1e-6, outcome=v["outcome"], process=v["process"],
-                                 verified=v["verified"], strict=v["strict"], length=len(ids), cut=ids[-1] != stop_token,
+                                 right=reward(v, args.reward, args.alpha) > 1 - 1e-6,  # whatever the noise says
+                                 outcome=v["outcome"], process=v["process"], verified=v["verified"], strict=v["strict"],
+                                 length=len(ids), truncated=ids[-1] != stop_token,
                                  read=len(prompts[j // args.rollouts]) + len(ids))
                             for j, (r, v, ids) in enumerate(zip(rewards, judged, tokens))])
         tokens_seen += sum(r["read"] for r in records)
@@ -582,7 +583,7 @@ def main():
                         for op, g in sorted(groups.items())},
                 kl=float(sums["kl"]) / n, approx_kl=float(sums["approx_kl"]) / n, clip_frac=float(sums["clipped"]) / n,
                 entropy=float(sums["entropy"]) / n, mismatch=float(sums["mismatch"]) / (float(sums["sampled"]) or 1.0),
-                grad_norm=sum(grad_norms) / len(grad_norms), lr=lr, length=mean("length"), truncated=mean("cut"), held_out=val,
+                grad_norm=sum(grad_norms) / len(grad_norms), lr=lr, length=mean("length"), truncated=mean("truncated"), held_out=val,
                 problems=step * args.prompts, tokens=tokens_seen, training_tokens=round(tokens_seen * RL_COST),
                 tokens_per_s=round(mean("length") * len(records) / rollout_seconds), rollout_s=round(rollout_seconds, 3),
                 verify_s=round(verify_seconds, 3), update_s=round(update_seconds, 3),

@@ -305,6 +305,7 @@ def main():
             float(accumulate(*probe)[0])
             model.zero_grad(set_to_none=True)
             took = time.time() - then
+        # 1.2: for making the problems, the optimizers, held-out losses and checkpoints
         say(f"expected time: about {took * (args.steps - start) * 1.2 / 60:.1f} minutes")
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -275,36 +275,36 @@ class Decoder:
     Each prompt is kept once and its n rows read it together: one matrix product for all of them. The continuations have
     all the same length, so they need no scatter. What a step does is mostly small operations, so there are few of them:
     the weights are laid out for it (see `__init__`), and on CUDA a step is captured once for each shape and replayed.
-    A captured step reads and writes the same addresses for ever. So there all that it touches lies in `room`, a dict that
+    A captured step reads and writes the same addresses for ever. So there all that it touches lies in `buffers`, a dict that
     outlives the decoder, and shapes are rounded up to few: the next rollouts, with new weights, find their graphs there.
     Further letters: T tokens of the longest prompt, S slots for generated tokens, R = H / G.
     """
 
     static = None  # whether to work like this; None: on CUDA. The tests set it
 
-    def __init__(self, model, prompts, n, temperature, generator=None, room=None):
+    def __init__(self, model, prompts, n, temperature, generator=None, buffers=None):
         """Reads the prompts (lists of ids) and draws the first token of each row."""
         c, device = model.config, model.embed_tokens.weight.device
         self.G, self.R, self.D = c.n_kv_heads, c.n_heads // c.n_kv_heads, c.width // c.n_heads
         self.n, self.temperature, self.eps, self.theta = n, temperature, c.eps, c.rope_theta
         self.kind = device.type
         self.static = self.kind == "cuda" if Decoder.static is None else Decoder.static
-        self.room = {} if room is None else room
-        self.graphs = self.room.setdefault("graphs", {})
+        self.buffers = {} if buffers is None else buffers
+        self.graphs = self.buffers.setdefault("graphs", {})
         self.dtype = torch.get_autocast_dtype(self.kind) if torch.is_autocast_enabled(self.kind) else torch.float32
-        self.lengths = self.place("lengths", torch.tensor([len(p) for p in prompts], device=device))  # (P,)
+        self.lengths = self.to_static("lengths", torch.tensor([len(p) for p in prompts], device=device))  # (P,)
         P, T = len(prompts), max(map(len, prompts))
         T += -T % 32 if self.static else 0
         ids = torch.zeros(P, T, dtype=torch.long)
         for p, prompt in enumerate(prompts):
             ids[p, :len(prompt)] = torch.tensor(prompt)
 
-        self.prompt = [None] * c.n_layers     # keys and values of the prompts, each (P * G, T, D)
+        self.prompt_kv = [None] * c.n_layers  # keys and values of the prompts, each (P * G, T, D)
 
         def keep_kv(layer):
             def attend(q, k, v):
-                self.prompt[layer] = self.place_kv("prompt", layer, (x.to(self.dtype).reshape(P * self.G, T, self.D)
-                                                                     for x in (k, v)))
+                self.prompt_kv[layer] = self.to_static_kv("prompt", layer, (
+                    x.to(self.dtype).reshape(P * self.G, T, self.D) for x in (k, v)))
                 return causal_attention(q, k, v)
             return attend
 
@@ -312,10 +312,10 @@ class Decoder:
         hidden = hidden[torch.arange(P, device=device), self.lengths - 1]  # padding is on the right: no token sees any
         padding = torch.arange(T, device=device) >= self.lengths[:, None]
         self.bias = torch.zeros(P, 1, T, dtype=self.dtype, device=device).masked_fill(padding[:, None], -torch.inf)
-        self.bias = self.place("bias", self.bias.repeat_interleave(self.G, 0))  # (P * G, 1, T): -inf on padding
-        self.generated = [tuple(x.new_empty(P * self.G * n, 0, self.D) for x in kv) for kv in self.prompt]
-        self.filled = 0                                                         # tokens a row in `generated`
-        self.slot = self.place("slot", torch.zeros(1, dtype=torch.long, device=device))  # the same, on the device
+        self.bias = self.to_static("bias", self.bias.repeat_interleave(self.G, 0))  # (P * G, 1, T): -inf on padding
+        self.generated_kv = [tuple(x.new_empty(P * self.G * n, 0, self.D) for x in kv) for kv in self.prompt_kv]
+        self.filled = 0  # tokens a row in `generated_kv`
+        self.slot = self.to_static("slot", torch.zeros(1, dtype=torch.long, device=device))  # the same, on the device
 
         # q, k, v and gate, up side by side; the norm's weight before them and the scale of the attention folded in
         self.weights = []
@@ -325,27 +325,27 @@ class Decoder:
             qkv_bias = torch.cat((a.q_proj.bias * self.D ** -0.5, a.k_proj.bias, a.v_proj.bias))
             gate_up = torch.cat((m.gate_proj.weight, m.up_proj.weight)) * layer.post_attention_layernorm.weight
             weights = qkv * layer.input_layernorm.weight, a.o_proj.weight, gate_up, m.down_proj.weight
-            self.weights.append((self.place(f"bias of {i}", qkv_bias.to(self.dtype)), *(
-                self.place(f"weights {j} of {i}", w.to(self.dtype)).T for j, w in enumerate(weights))))
-        self.embedding = self.place("embedding", model.embed_tokens.weight.detach())
-        self.head = self.place("head", (self.embedding * model.norm.weight).to(self.dtype)).T
+            self.weights.append((self.to_static(f"bias of {i}", qkv_bias.to(self.dtype)), *(
+                self.to_static(f"weights {j} of {i}", w.to(self.dtype)).T for j, w in enumerate(weights))))
+        self.embedding = self.to_static("embedding", model.embed_tokens.weight.detach())
+        self.head = self.to_static("head", (self.embedding * model.norm.weight).to(self.dtype)).T
 
-        self.uniform = self.place("uniform", torch.rand(P * n, generator=generator, device=device))
+        self.uniform = self.to_static("uniform", torch.rand(P * n, generator=generator, device=device))
         token, logprob = self.draw(model.head(hidden).repeat_interleave(n, 0))
-        self.token, self.logprob = self.place("token", token), self.place("logprob", logprob)  # (B,), what a step writes
+        self.token, self.logprob = self.to_static("token", token), self.to_static("logprob", logprob)  # (B,), what a step writes
 
-    def place(self, name, x):
-        """x; on CUDA a copy of it in the room, under the same name always at the same address."""
+    def to_static(self, name, x):
+        """x; on CUDA a copy of it in `buffers`, under the same name always at the same address."""
         if not self.static:
             return x
-        if name not in self.room or self.room[name].numel() < x.numel():
-            self.room[name] = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
+        if name not in self.buffers or self.buffers[name].numel() < x.numel():
+            self.buffers[name] = torch.empty(x.numel(), dtype=x.dtype, device=x.device)
             self.graphs.clear()  # they would still use the old address
-            self.room.pop("pool", None)
-        return self.room[name][:x.numel()].view(x.shape).copy_(x)
+            self.buffers.pop("pool", None)
+        return self.buffers[name][:x.numel()].view(x.shape).copy_(x)
 
-    def place_kv(self, what, layer, kv):
-        return tuple(self.place(f"{what} {name} of {layer}", x) for name, x in zip(("keys", "values"), kv))
+    def to_static_kv(self, what, layer, kv):
+        return tuple(self.to_static(f"{what} {name} of {layer}", x) for name, x in zip(("keys", "values"), kv))
 
     def draw(self, logits):
         """Logits (B, vocabulary) -> tokens (B,) and their log-probabilities (B,)."""
@@ -358,21 +358,22 @@ class Decoder:
             token = token.clamp_max(logits.shape[-1] - 1)  # rounding
         return token[:, 0], logprobs.gather(-1, token)[:, 0]
 
-    def unit(self, x):
+    def rms_norm(self, x):  # its weight is in the matrix that follows
         return F.rms_norm(x, x.shape[-1:], None, self.eps).to(self.dtype)
 
-    def write(self):
+    def decode_step(self):
         """The step itself: from self.token to the next one, all in place, nothing that waits for the device."""
         G, R, D, n = self.G, self.R, self.D, self.n
-        B, S = len(self.token), self.generated[0][0].shape[1]
+        B, S = len(self.token), self.generated_kv[0][0].shape[1]
         P, T, H = B // n, self.bias.shape[2], G * R
         positions = (self.lengths + self.slot).repeat_interleave(n)
         cos, sin = self.cos[positions], self.sin[positions]                                       # (B, 1, D)
         empty = torch.zeros(S, dtype=self.dtype, device=self.slot.device)
         empty.masked_fill_(torch.arange(S, device=self.slot.device) > self.slot, -torch.inf)
         x = self.embedding[self.token]
-        for (qkv_bias, qkv, o, gate_up, down), (pk, pv), (gk, gv) in zip(self.weights, self.prompt, self.generated):
-            y = torch.addmm(qkv_bias, self.unit(x), qkv)                                          # (B, (H + 2 G) D)
+        layers = zip(self.weights, self.prompt_kv, self.generated_kv)
+        for (qkv_bias, qkv, o, gate_up, down), (pk, pv), (gk, gv) in layers:
+            y = torch.addmm(qkv_bias, self.rms_norm(x), qkv)                                      # (B, (H + 2 G) D)
             qk = rotate(y[:, :(H + G) * D].view(B, H + G, D), cos, sin).to(self.dtype)
             for cache, new in (gk, qk[:, H:]), (gv, y[:, (H + G) * D:]):
                 cache.view(P, G, n, S, D).index_copy_(3, self.slot, new.view(P, n, G, 1, D).transpose(1, 2))
@@ -383,9 +384,9 @@ class Decoder:
             y = torch.bmm(weights[..., :T], pv).view(P, G, n, R * D) + \
                 torch.bmm(weights[..., T:].reshape(P * G * n, R, S), gv).view(P, G, n, R * D)
             x = x + y.transpose(1, 2).reshape(B, H * D) @ o
-            gate, up = (self.unit(x) @ gate_up).chunk(2, dim=-1)
+            gate, up = (self.rms_norm(x) @ gate_up).chunk(2, dim=-1)
             x = x + (F.silu(gate) * up) @ down
-        token, logprob = self.draw(self.unit(x) @ self.head)
+        token, logprob = self.draw(self.rms_norm(x) @ self.head)
         self.token.copy_(token)
         self.logprob.copy_(logprob)
         self.slot += 1
@@ -393,57 +394,57 @@ class Decoder:
     def step(self, uniform):
         """Write the next token of each row; uniform (B,) in [0, 1) decides which."""
         self.uniform.copy_(uniform)
-        S = self.generated[0][0].shape[1]
+        S = self.generated_kv[0][0].shape[1]
         if self.filled == S:
             S += 128 if self.static else 32
-            self.generated = [self.place_kv("generated", i, (F.pad(x, (0, 0, 0, S - self.filled)) for x in kv))
-                              for i, kv in enumerate(self.generated)]
+            self.generated_kv = [self.to_static_kv("generated", i, (F.pad(x, (0, 0, 0, S - self.filled)) for x in kv))
+                                 for i, kv in enumerate(self.generated_kv)]
             positions = torch.arange(self.bias.shape[2] + S, device=self.slot.device)[:, None]
             cos, sin = rotary_tables(positions, self.D, self.theta)
-            self.cos, self.sin = self.place("cos", cos), self.place("sin", sin)
+            self.cos, self.sin = self.to_static("cos", cos), self.to_static("sin", sin)
         if self.kind == "cuda":
             self.replay()
         else:
-            self.write()
+            self.decode_step()
         self.filled += 1
 
     def replay(self):
-        """`write` as a CUDA graph. A first step of a shape is a plain one, to warm up the libraries; the second is captured."""
-        shape = len(self.lengths), self.n, self.bias.shape[2], self.generated[0][0].shape[1], self.temperature
+        """`decode_step` as a CUDA graph. The first of a shape is a plain one, to warm up the libraries; the second is captured."""
+        shape = len(self.lengths), self.n, self.bias.shape[2], self.generated_kv[0][0].shape[1], self.temperature
         if shape not in self.graphs:
-            self.write()
+            self.decode_step()
             self.graphs[shape] = None
             return
         if self.graphs[shape] is None:
             self.graphs[shape] = torch.cuda.CUDAGraph()
-            if "pool" not in self.room:  # one for all graphs: none leaves anything in it
-                self.room["pool"] = torch.cuda.graph_pool_handle()
-            with torch.cuda.device(self.token.device), torch.cuda.graph(self.graphs[shape], pool=self.room["pool"]):
-                self.write()
+            if "pool" not in self.buffers:  # one for all graphs: none leaves anything in it
+                self.buffers["pool"] = torch.cuda.graph_pool_handle()
+            with torch.cuda.device(self.token.device), torch.cuda.graph(self.graphs[shape], pool=self.buffers["pool"]):
+                self.decode_step()
         self.graphs[shape].replay()
 
-    def keep(self, prompts, rows):
+    def select(self, prompts, rows):
         """Keep these prompts (P',) and of each these rows (P', n')."""
         P, n, G = len(self.lengths), self.n, self.G
-        self.token, self.logprob = (self.place(name, x.view(P, n)[prompts].gather(1, rows).flatten())
+        self.token, self.logprob = (self.to_static(name, x.view(P, n)[prompts].gather(1, rows).flatten())
                                     for name, x in (("token", self.token), ("logprob", self.logprob)))
-        self.uniform = self.place("uniform", torch.empty_like(self.logprob))
-        self.bias = self.place("bias", self.bias.unflatten(0, (P, G))[prompts].flatten(0, 1))
-        self.prompt = [self.place_kv("prompt", i, (x.unflatten(0, (P, G))[prompts].flatten(0, 1) for x in kv))
-                       for i, kv in enumerate(self.prompt)]
-        self.generated = [self.place_kv("generated", i, (
+        self.uniform = self.to_static("uniform", torch.empty_like(self.logprob))
+        self.bias = self.to_static("bias", self.bias.unflatten(0, (P, G))[prompts].flatten(0, 1))
+        self.prompt_kv = [self.to_static_kv("prompt", i, (x.unflatten(0, (P, G))[prompts].flatten(0, 1) for x in kv))
+                          for i, kv in enumerate(self.prompt_kv)]
+        self.generated_kv = [self.to_static_kv("generated", i, (
             x.unflatten(0, (P, G, n))[prompts[:, None], :, rows].transpose(1, 2).flatten(0, 2) for x in kv))
-                          for i, kv in enumerate(self.generated)]
-        self.lengths, self.n = self.place("lengths", self.lengths[prompts]), rows.shape[1]
+                             for i, kv in enumerate(self.generated_kv)]
+        self.lengths, self.n = self.to_static("lengths", self.lengths[prompts]), rows.shape[1]
 
 
 @torch.no_grad()
-def sample(model, prompts, stop, n=1, max_new=256, temperature=1.0, generator=None, rows=1024, progress=None, room=None):
+def sample(model, prompts, stop, n=1, max_new=256, temperature=1.0, generator=None, rows=1024, progress=None, buffers=None):
     """Continue each prompt n times, until the token `stop` or for `max_new` tokens.
 
     prompts: lists of token ids. temperature 0 takes the most likely token. rows: how many rows run at a time.
     progress: called now and then with the rows that are finished, [(index of the row, tokens)]. generator: torch.Generator on
-    the model's device. room: a dict, {} at first, that keeps memory and captured steps for later calls with the same model;
+    the model's device. buffers: a dict, {} at first, that keeps memory and captured steps for later calls with the same model;
     only on CUDA is anything put there.
 
     Returns lists in the order of the prompts, n rows a prompt: tokens (with `stop`, if it came) and, as a float32 tensor
@@ -453,11 +454,11 @@ def sample(model, prompts, stop, n=1, max_new=256, temperature=1.0, generator=No
     # alike lengths together: little padding; on CUDA the longest first, since graphs are lost when memory has to grow
     order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]), reverse=model.embed_tokens.weight.is_cuda)
     per_batch = max(1, rows // n)
-    room = {} if room is None else room
+    buffers = {} if buffers is None else buffers
     for first in range(0, len(order), per_batch):
         batch = order[first:first + per_batch]
         out_tokens, out_logprobs, lengths = (x.cpu() for x in _sample_batch(
-            model, [prompts[p] for p in batch], stop, n, max_new, temperature, generator, room))
+            model, [prompts[p] for p in batch], stop, n, max_new, temperature, generator, buffers))
         rows_of_batch = [p * n + i for p in batch for i in range(n)]
         for row, ids, scores, length in zip(rows_of_batch, out_tokens.numpy(), out_logprobs, lengths.tolist()):
             tokens[row], logprobs[row] = ids[:length].tolist(), scores[:length]
@@ -466,9 +467,12 @@ def sample(model, prompts, stop, n=1, max_new=256, temperature=1.0, generator=No
     return tokens, logprobs
 
 
-def _sample_batch(model, prompts, stop, n, max_new, temperature, generator, room):
-    decoder = Decoder(model, prompts, n, temperature, generator, room)
+def _sample_batch(model, prompts, stop, n, max_new, temperature, generator, buffers):
+    """`sample` for rows that run at the same time: tokens (rows, max_new), log-probabilities, and how many of each count."""
+    decoder = Decoder(model, prompts, n, temperature, generator, buffers)
     kind, device = decoder.kind, decoder.token.device
+    # every so many steps rows that have ended are dropped, if no more than this share would stay: each time costs a copy of the
+    # caches, on CUDA a wait and another graph as well
     look, full_enough = (8, 0.8) if kind == "cpu" else (16, 0.5)
     out_tokens = torch.full((len(prompts) * n, max_new), stop, device=device)
     out_logprobs = torch.zeros(len(prompts) * n, max_new, device=device)
@@ -496,7 +500,7 @@ def _sample_batch(model, prompts, stop, n, max_new, temperature, generator, room
                 prompts_left = (per_prompt > 0).sort(descending=True, stable=True).indices[:n_prompts]
                 alive_first = alive[prompts_left].sort(dim=1, descending=True, stable=True).indices
                 rows_left = alive_first[:, :n_rows]
-                decoder.keep(prompts_left, rows_left)
+                decoder.select(prompts_left, rows_left)
                 row_of, alive = (x[prompts_left].gather(1, rows_left) for x in (row_of, alive))
                 uniform = uniform[:, :alive.numel()]
             decoder.step(uniform[0])

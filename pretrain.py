@@ -294,6 +294,7 @@ def main():
                 float(accumulate(*probe)[0])
                 took[i] = time.time() - then
         model.zero_grad(set_to_none=True)
+        # 1.2: for making the problems, the optimizers, held-out losses and checkpoints
         say(f"expected time: about {(2 * took[0] + took[1]) / 3 * (args.steps - start) * 1.2 / 60:.1f} minutes")
 
     # ------------------------------------------------------------------------------------------------------------------

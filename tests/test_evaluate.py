@@ -130,7 +130,7 @@ def known(monkeypatch):
             answers[data.prompt_text(row)] = [kind(row) for kind in kinds]
     calls = []
 
-    def sample(model, prompts, stop, n, max_new, temperature, generator, rows, progress=None, room=None):
+    def sample(model, prompts, stop, n, max_new, temperature, generator, rows, progress=None, buffers=None):
         calls.append(types.SimpleNamespace(**locals()))
         tokens = [data.encode(ENC, text) for prompt in prompts for text in answers[ENC.decode(prompt)]]
         assert stop == STOP and n == 4 and max(map(len, tokens)) <= max_new

@@ -188,7 +188,7 @@ def test_cuda_agrees_with_the_cpu():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_captured_steps_write_what_plain_steps_write(precision, monkeypatch):
-    model, room = biased_model(-1.0).cuda(), {}
+    model, buffers = biased_model(-1.0).cuda(), {}
     up_proj = model.layers[0].mlp.up_proj.weight
     versions = up_proj.detach().clone(), 1.1 * up_proj.detach()
 
@@ -196,11 +196,11 @@ def test_captured_steps_write_what_plain_steps_write(precision, monkeypatch):
         with torch.no_grad():
             up_proj.copy_(version)
         with torch.autocast("cuda", precision, enabled=precision != torch.float32):
-            return sample(model, PROMPTS, STOP, n=7, max_new=300, generator=torch.Generator("cuda").manual_seed(0), room=room)
+            return sample(model, PROMPTS, STOP, n=7, max_new=300, generator=torch.Generator("cuda").manual_seed(0), buffers=buffers)
 
     captured = [write(version) for version in versions]  # the second time with the graphs of the first
-    assert any(room["graphs"].values())
-    monkeypatch.setattr(M.Decoder, "replay", M.Decoder.write)
+    assert any(buffers["graphs"].values())
+    monkeypatch.setattr(M.Decoder, "replay", M.Decoder.decode_step)
     for version, (tokens, logprobs) in zip(versions, captured):
         plain_tokens, plain_logprobs = write(version)
         assert tokens == plain_tokens and max(map(len, tokens)) > 128  # the cache has grown
@@ -408,14 +408,14 @@ def test_rows_longer_than_the_cache_at_first():
 
 
 def test_rows_that_end_at_different_times_are_dropped_and_the_others_go_on(monkeypatch):
-    sizes, keep = [], M.Decoder.keep
+    sizes, keep = [], M.Decoder.select
 
     def counted(decoder, prompts, rows):
         before = len(decoder.lengths), decoder.n
         keep(decoder, prompts, rows)
         sizes.append((before, (len(decoder.lengths), decoder.n)))
 
-    monkeypatch.setattr(M.Decoder, "keep", counted)
+    monkeypatch.setattr(M.Decoder, "select", counted)
     model = biased_model(1.8)
     tokens, logprobs = sample(model, PROMPTS, STOP, n=7, max_new=90, generator=torch.Generator().manual_seed(0))
     assert any(b[0] < a[0] for a, b in sizes) and any(b[1] < a[1] for a, b in sizes)  # prompts and rows were dropped
@@ -427,31 +427,31 @@ def test_rows_that_end_at_different_times_are_dropped_and_the_others_go_on(monke
 def test_what_a_captured_step_needs(monkeypatch):
     """On CUDA a step of a shape is captured once and replayed in later calls, when the model has other weights: all that it
     reads and writes must lie where it lay. Here without CUDA: the addresses, and that the samples stay right."""
-    at, changed, write = {}, set(), M.Decoder.write
+    at, changed, decode_step = {}, set(), M.Decoder.decode_step
 
     def tensors(x):
         return [x] if isinstance(x, torch.Tensor) else [t for part in x for t in tensors(part)] if type(x) in (list, tuple) else []
 
     def watched(decoder):
-        shape = len(decoder.lengths), decoder.n, decoder.bias.shape[2], decoder.generated[0][0].shape[1]
+        shape = len(decoder.lengths), decoder.n, decoder.bias.shape[2], decoder.generated_kv[0][0].shape[1]
         addresses = {name: [t.data_ptr() for t in tensors(value)] for name, value in vars(decoder).items() if tensors(value)}
         if shape not in decoder.graphs:  # emptied where memory had to move
             at.pop(shape, None)
         changed.update([shape] if at.setdefault(shape, addresses) != addresses else [])
         decoder.graphs[shape] = "captured"
-        write(decoder)
+        decode_step(decoder)
 
     monkeypatch.setattr(M.Decoder, "static", True)
-    monkeypatch.setattr(M.Decoder, "write", watched)
-    room, shapes = {}, []
+    monkeypatch.setattr(M.Decoder, "decode_step", watched)
+    buffers, shapes = {}, []
     for seed in range(3):
         model = biased_model(1.0, seed)
         for n, max_new, prompts in (7, 200, PROMPTS), (3, 20, PROMPTS[:4]):
-            tokens, logprobs = sample(model, prompts, STOP, n=n, max_new=max_new, rows=28, room=room,
+            tokens, logprobs = sample(model, prompts, STOP, n=n, max_new=max_new, rows=28, buffers=buffers,
                                       generator=torch.Generator().manual_seed(seed))
             assert_scored_as_by_forward(model, prompts, tokens, logprobs, n, 1.0)
             assert_stops_well(tokens, max_new)
-        shapes.append(set(room["graphs"]))
+        shapes.append(set(buffers["graphs"]))
     assert not changed
     assert shapes[0] and shapes[1] <= shapes[2] and len(shapes[2]) <= 10  # nothing is captured over and over
 
@@ -476,7 +476,7 @@ def test_a_step_never_waits_for_the_device(monkeypatch):
     with Watch():
         decoder.step(torch.empty(6, device="meta"))
         decoder.step(torch.empty(6, device="meta"))
-    assert not moved and decoder.token.shape == (6,) and decoder.generated[0][0].dtype == torch.bfloat16
+    assert not moved and decoder.token.shape == (6,) and decoder.generated_kv[0][0].dtype == torch.bfloat16
     with Watch(), pytest.raises(RuntimeError):
         decoder.token.sum().item()  # as said
 
