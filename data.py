@@ -559,7 +559,7 @@ def read_rows(path):
                 continue
             try:
                 row = json.loads(line)
-                prompt_text(row), row["solution"].split, row["template"], range(row["op"])
+                prompt_text(row), row["solution"].split, row["template"].split, range(row["op"])
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise ValueError(f"{path} line {n} is not a row with problem, question, solution and op") from None
             rows.append(row)
@@ -615,7 +615,10 @@ def name_parts(enc):
     return parts
 
 
-VOCAB_SIZE = 640  # the tokenizer's 637, rounded up to a multiple of 64 so that matrix kernels run at full speed
+_enc = tokenizer()
+VOCAB_SIZE = -(-_enc.n_vocab // 64) * 64  # 637, rounded up to a multiple of 64 so that matrix kernels run at full speed: 640
+# what the ids mean, in short: a model trained with others reads and writes nonsense
+VOCABULARY = hashlib.blake2b(b"\n".join(map(_enc.decode_single_token_bytes, range(_enc.n_vocab))), digest_size=4).hexdigest()
 
 
 def prompt_text(row):

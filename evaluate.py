@@ -14,6 +14,7 @@ Ops are grouped by the range m-M of pre-training as in arXiv 2512.07783, where i
 1.4 M (11-14), OOD-hard up to 2 M (15-20). "+-" is half of a 95 % confidence interval over problems.
 """
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -74,7 +75,8 @@ def group_of(op, id_ops):
 
 
 def arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                usage="%(prog)s [CKPT ...] [options]    (--help lists them)")
     p.add_argument("checkpoints", nargs="*", metavar="CKPT", help=f"default: those of {', '.join(CHAIN)} that exist")
     p.add_argument("--ops", help="op range (default: 2 to twice the largest op of pre-training)")
     p.add_argument("--context", default="all", help="zoo, school, movie or all (default all)")
@@ -118,6 +120,8 @@ def arguments():
         args.loaded = []
         for path in args.checkpoints:
             checkpoint = load_checkpoint(path)
+            if checkpoint.get("recipe", {}).get("vocabulary", data.VOCABULARY) != data.VOCABULARY:
+                raise ValueError(f"{path} was trained with other tokens: data.py has changed since, so train anew")
             id_ops, counts = checkpoint.get("id_ops"), [checkpoint.get("step"), checkpoint.get("problems")]
             if not (isinstance(id_ops, list) and len(id_ops) == 2 and all(isinstance(n, int) for n in id_ops + counts)):
                 raise ValueError(f"{path} does not say how it was trained (id_ops, step, problems)")
@@ -142,9 +146,12 @@ def arguments():
                                                     args.law) for i in range(args.problems)] for op in ops}
         if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
             raise ValueError(f"--plot {args.plot} must end in .png, .pdf or .svg")
+        inputs = [os.path.realpath(path) for path in filter(None, [*args.checkpoints, args.data])]
         for path in filter(None, [args.json, args.plot]):
-            if os.path.isdir(path) or path.endswith("/"):
-                raise ValueError(f"{path} is a folder, not a file")
+            if os.path.exists(path) and not os.path.isfile(path) or path.endswith("/"):
+                raise ValueError(f"{path} is not a file")
+            if os.path.realpath(path) in inputs:
+                raise ValueError(f"{path} would replace an input")
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             probe = f"{path}.{os.getpid()}.part"  # better to fail now than after the sampling
             open(probe, "ab").close()
@@ -158,7 +165,8 @@ def evaluate(model, problem_rows, args, rank=0, world=1, progress=None):
     """Sample n solutions for every problem and verify them.
 
     Returns a list of records, one a problem: op, i (its number among those of its op), context, distractors (how many),
-    right ({verdict: how many of n}), errors ({kind: in how many samples}), hacked (right answer, wrong process), truncated, and the samples' texts.
+    right ({verdict: how many of n}), errors ({kind: in how many samples}), hacked (right answer, wrong process), truncated, and
+    the text of the first sample.
     """
     enc = data.tokenizer()
     stop = enc.encode_single_token(data.END)
@@ -318,6 +326,10 @@ def main():
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
         dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        if rank == 0:
+            print("--plot needs matplotlib (pip install matplotlib): there will be no figure", flush=True)
+        args.plot = None
     n_problems = sum(map(len, args.problem_rows.values()))
     if rank == 0:
         what = f"problems of {args.data}" if args.data else "held-out problems"
@@ -348,6 +360,11 @@ def main():
     if rank:
         return
 
+    settings = {k: getattr(args, k) for k in "n k problems temperature distractors seed context data id_ops".split()}
+    json_file = os.path.realpath(args.json)
+    with open(f"{json_file}.part", "w", encoding="utf-8") as f:
+        json.dump({"checkpoints": results, "settings": settings}, f, indent=1)
+    os.replace(f"{json_file}.part", json_file)
     print("\n" + table(results, args) + "\n")
     for name, r in results.items():
         common = sorted(r["errors"].items(), key=lambda e: -e[1])[:4]
@@ -359,18 +376,10 @@ def main():
               + f"\n  right answer by wrong reasoning: {100 * r['hacked']:.1f} % of the right answers; cut off: "
               f"{100 * r['truncated']:.1f} %\n  most frequent errors, in % of the samples: "
               + (", ".join(f"{kind} {100 * share:.0f}" for kind, share in common) or "none"))
-    settings = {k: getattr(args, k) for k in "n k problems temperature distractors seed context data id_ops".split()}
-    part = f"{args.json}.part"
-    with open(part, "w", encoding="utf-8") as f:
-        json.dump({"checkpoints": results, "settings": settings}, f, indent=1)
-    os.replace(part, args.json)
     print(f"numbers: {args.json}")
     if args.plot:
-        try:
-            plot(results, args)
-            print(f"figure: {args.plot}")
-        except ImportError:
-            print("--plot needs matplotlib: pip install matplotlib")
+        plot(results, args)
+        print(f"figure: {args.plot}")
 
 
 if __name__ == "__main__":
@@ -378,3 +387,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:  # a full disk, say
+        sys.exit(f"{error}")

@@ -118,7 +118,8 @@ def as_worker():
 
 
 def arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                usage="%(prog)s [options]    (--help lists them)")
     p.add_argument("--init", default="out/midtrain.pt", help="checkpoint to start from; the reference (default out/midtrain.pt)")
     p.add_argument("--preset", choices=PRESETS, help="settings (default: the preset that --init was trained with)")
     p.add_argument("--out", default="out/grpo.pt", help="checkpoint to write (default out/grpo.pt)")
@@ -189,7 +190,14 @@ def arguments():
             raise KeyError("id_ops")
         groups = data.op_groups(args.id_ops)
         args.preset = args.preset or args.start["recipe"]["preset"]
+        if args.preset not in PRESETS:
+            raise ValueError(f"{source} has preset {args.preset}, and grpo.PRESETS has not: add it, or give --preset")
+        args.vocabulary = data.VOCABULARY
+        if args.start["recipe"].get("vocabulary", args.vocabulary) != args.vocabulary:
+            raise ValueError(f"{source} was trained with other tokens: data.py has changed since, so train anew")
         settings = PRESETS[args.preset]
+        if args.micro_tokens is None and not cuda:
+            args.micro_tokens = min(4096, settings["micro_tokens"])
         for name, value in settings.items():
             if getattr(args, name) is None and name != "id_share":
                 setattr(args, name, value)
@@ -244,7 +252,9 @@ def arguments():
             raise ValueError(f"{args.prompts // world} prompts (a rank) are too few for {args.updates} updates")
         if args.budget is not None and not (0 < args.budget < 1e15 and 0 < args.rl_share <= 1):
             raise ValueError("--budget is above 0 and --rl-share above 0, up to 1, where there is RL")
-        if os.path.isdir(args.out) or args.out.endswith(("/", ".jsonl")):
+        args.metrics = args.out.removesuffix(".pt") + ".jsonl"
+        folders = [path for path in (args.out, args.metrics) if os.path.exists(path) and not os.path.isfile(path)]
+        if args.out.endswith(("/", ".jsonl")) or folders:
             raise ValueError(f"--out {args.out} must name a file, and not one in .jsonl, which is for the metrics")
         if os.path.realpath(args.out) == os.path.realpath(args.init):
             raise ValueError(f"--out {args.out} would overwrite the checkpoint to start from")
@@ -305,10 +315,9 @@ def main():
     learnable = {op: 1.0 for op in ops}  # --curriculum: share of an op's groups that had a gradient lately
 
     # what the result depends on: a resumed run must have the same
-    recipe = {k: v for k, v in vars(args).items() if k not in ("start model resume out ops eval_json id_share mixture law device "
-              "workers compile log_every eval_every eval_problems save_every").split()} | {"world": world}
+    recipe = {k: v for k, v in vars(args).items() if k not in ("start model resume out metrics ops eval_json id_share "
+              "mixture law device workers compile log_every eval_every eval_problems save_every").split()} | {"world": world}
     start, tokens_seen, seconds, val = 0, 0, 0.0, None
-    metrics = os.path.splitext(args.out)[0] + ".jsonl"
     if args.resume and os.path.exists(args.out):
         try:
             checkpoint = args.start
@@ -330,15 +339,19 @@ def main():
         say(f"resumed {args.out} at step {start}")
     elif args.resume:
         say(f"there is no {args.out} yet: starting at step 0")
-    if master:  # metrics that a killed run wrote past its last checkpoint would be written twice
+    if master and args.resume:  # metrics that a killed run wrote past its last checkpoint would be written twice
         kept = []
-        if start and os.path.exists(metrics):
-            for row in open(metrics).read().splitlines():
-                with suppress(ValueError):  # a kill may have cut a row off
+        if start and os.path.exists(args.metrics):
+            for row in open(args.metrics, errors="replace").read().splitlines():
+                with suppress(ValueError, KeyError, TypeError):  # a kill may have cut a row off
                     kept += [row + "\n"] if json.loads(row)["step"] <= start else []
-        with open(f"{metrics}.part", "w") as f:
+        with open(f"{args.metrics}.part", "w") as f:
             f.writelines(kept)
-        os.replace(f"{metrics}.part", metrics)
+        os.replace(f"{args.metrics}.part", args.metrics)
+    elif master:  # who forgets --resume loses nothing
+        for path in filter(os.path.exists, (args.out, args.metrics)):
+            os.replace(path, f"{path}.old")
+            say(f"{path} was there: it is {path}.old now (--resume would have continued it)")
 
     if args.compile:  # one layer at a time, as in pretrain.py; sampling has its own steps
         torch._dynamo.config.recompile_limit = 64
@@ -421,14 +434,15 @@ def main():
                     learnable=[learnable[op] for op in ops])
 
     say(f"{args.init}: {model.n_params() / 1e6:.2f}M parameters; mixture {args.mix}"
-        + (", curriculum; " if args.curriculum else "; ") + (f"{args.steps} steps" if args.budget is None else f"{allowance:.3g} tokens of RL") +
-        f" of {args.prompts} prompts x {args.rollouts} rollouts, {args.updates} updates each; reward {args.reward}; learning "
+        + (", curriculum; " if args.curriculum else "; ")
+        + (f"{args.steps} steps" if args.budget is None else f"{allowance:.3g} tokens of RL")
+        + f" of {args.prompts} prompts x {args.rollouts} rollouts, {args.updates} updates each; reward {args.reward}; learning "
         f"rate {args.lr:g}; {args.dtype} on {device}" + (f", {world} ranks" if world > 1 else "") +
         f", {torch.get_num_threads()} threads")
     workers = args.workers and ProcessPoolExecutor(args.workers, get_context("spawn"), as_worker)
     interrupted = []
     for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda *_: interrupted.append(1))  # finish the step, then save
+        signal.signal(sig, lambda *_: interrupted.append(os.write(2, b"\nfinishing the step, then saving\n")))
     began = time.time()
     if val is None:
         val = held_out()
@@ -588,13 +602,13 @@ def main():
                 tokens_per_s=round(mean("length") * len(records) / rollout_seconds), rollout_s=round(rollout_seconds, 3),
                 verify_s=round(verify_seconds, 3), update_s=round(update_seconds, 3),
                 seconds=round(seconds + time.time() - began, 2))
-            with open(metrics, "a") as f:
+            with open(args.metrics, "a") as f:
                 f.write(json.dumps(row) + "\n")
             bar.set_postfix_str(f"reward {row['reward']:.3f}, verified {row['verified']:.3f}, held out {shares(val)}")
         if master and save:
             save_checkpoint(args.out, checkpoint(step))
         bar.update(1 if args.budget is None else sum(r["read"] for r in records))
-        if step == start + (2 if args.compile else 1) and not end:  # the first step compiles
+        if step == start + (2 if args.compile or workers else 1) and not end:  # the first step compiles, and starts the workers
             left = args.steps - step if args.budget is None else (allowance - tokens_seen) / sum(r["read"] for r in records)
             say(f"expected time: about {(time.time() - step_began) * left / 60:.1f} minutes")
         if stop and not end:
@@ -613,3 +627,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:  # before the first step: nothing to save
         sys.exit(130)
+    except OSError as error:  # a full disk, say
+        sys.exit(f"{error}")

@@ -41,7 +41,8 @@ SEED = 1_000_000  # added to --seed: problems of its own, not those of pre-train
 
 
 def arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                usage="%(prog)s [options]    (--help lists them)")
     p.add_argument("--init", default="out/pretrain.pt", help="checkpoint to start from (default out/pretrain.pt)")
     p.add_argument("--preset", choices=PRESETS, help="settings (default: the preset that --init was trained with)")
     p.add_argument("--out", default="out/midtrain.pt", help="checkpoint to write (default out/midtrain.pt)")
@@ -97,6 +98,13 @@ def arguments():
             raise KeyError("id_ops")
         groups = data.op_groups(args.id_ops)
         args.preset = args.preset or args.start["recipe"]["preset"]
+        if args.preset not in PRESETS:
+            raise ValueError(f"{source} has preset {args.preset}, and midtrain.PRESETS has not: add it, or give --preset")
+        args.vocabulary = data.VOCABULARY
+        if args.start["recipe"].get("vocabulary", args.vocabulary) != args.vocabulary:
+            raise ValueError(f"{source} was trained with other tokens: data.py has changed since, so train anew")
+        if args.micro_tokens is None and not cuda:
+            args.micro_tokens = min(4096, PRESETS[args.preset]["micro_tokens"])
         for name, value in PRESETS[args.preset].items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
@@ -133,7 +141,9 @@ def arguments():
             args.steps = max(1, round(args.budget * (1 - args.rl_share) / (tokens * args.batch)))
         if args.batch < int(os.environ.get("WORLD_SIZE", 1)):
             raise ValueError(f"--batch {args.batch} leaves ranks without problems: give each at least one")
-        if os.path.isdir(args.out) or args.out.endswith(("/", ".jsonl")):
+        args.metrics = args.out.removesuffix(".pt") + ".jsonl"
+        folders = [path for path in (args.out, args.metrics) if os.path.exists(path) and not os.path.isfile(path)]
+        if args.out.endswith(("/", ".jsonl")) or folders:
             raise ValueError(f"--out {args.out} must name a file, and not one in .jsonl, which is for the metrics")
         if os.path.realpath(args.out) == os.path.realpath(args.init):
             raise ValueError(f"--out {args.out} would overwrite the checkpoint to start from")
@@ -198,10 +208,9 @@ def main():
                                            adjust_lr_fn="match_rms_adamw"))
 
     # what the result depends on: a resumed run must have the same
-    recipe = {k: v for k, v in vars(args).items() if k not in ("start model resume out ops id_share mixture device log_every "
-              "eval_every save_every show workers compile").split()} | {"world": world}
+    recipe = {k: v for k, v in vars(args).items() if k not in ("start model resume out metrics ops id_share mixture device "
+              "log_every eval_every save_every show workers compile").split()} | {"world": world}
     start, tokens_seen, seconds, val_loss = 0, 0, 0.0, None
-    metrics = os.path.splitext(args.out)[0] + ".jsonl"
     if args.resume and os.path.exists(args.out):
         try:
             checkpoint = args.start
@@ -222,15 +231,19 @@ def main():
         say(f"resumed {args.out} at step {start} of {args.steps}")
     elif args.resume:
         say(f"there is no {args.out} yet: starting at step 0")
-    if master:  # metrics that a killed run wrote past its last checkpoint would be written twice
+    if master and args.resume:  # metrics that a killed run wrote past its last checkpoint would be written twice
         kept = []
-        if start and os.path.exists(metrics):
-            for row in open(metrics).read().splitlines():
-                with suppress(ValueError):  # a kill may have cut a row off
+        if start and os.path.exists(args.metrics):
+            for row in open(args.metrics, errors="replace").read().splitlines():
+                with suppress(ValueError, KeyError, TypeError):  # a kill may have cut a row off
                     kept += [row + "\n"] if json.loads(row)["step"] <= start else []
-        with open(f"{metrics}.part", "w") as f:
+        with open(f"{args.metrics}.part", "w") as f:
             f.writelines(kept)
-        os.replace(f"{metrics}.part", metrics)
+        os.replace(f"{args.metrics}.part", args.metrics)
+    elif master:  # who forgets --resume loses nothing
+        for path in filter(os.path.exists, (args.out, args.metrics)):
+            os.replace(path, f"{path}.old")
+            say(f"{path} was there: it is {path}.old now (--resume would have continued it)")
 
     # ------------------------------------------------------------------------------------------------------------------
     # data: step s trains on problems s * batch ... (s + 1) * batch - 1 of the stream
@@ -294,6 +307,7 @@ def main():
         f"mixture {args.mix}; {args.steps} steps of {args.batch} problems; {args.optimizer}, learning rate {args.lr:g}; "
         f"{args.dtype} on {device}" + (f", {world} ranks" if world > 1 else "") + f", {torch.get_num_threads()} threads")
     if start < args.steps:
+        say("measuring how long a step takes")
         if args.compile:
             say("compiling for each size of micro-batch")
             for size in data.pack_sizes(args.micro_tokens):
@@ -312,7 +326,7 @@ def main():
     # train
     interrupted = []
     for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda *_: interrupted.append(1))  # finish the step, then save
+        signal.signal(sig, lambda *_: interrupted.append(os.write(2, b"\nfinishing the step, then saving\n")))
     began = logged = time.time()
     logged_step, logged_tokens, waited = start, tokens_seen, 0.0
     tokens_seen = torch.tensor(tokens_seen, device=device)  # counted there: reading it would wait for the device
@@ -364,7 +378,7 @@ def main():
             if peak:
                 per_token = model.flops_per_token(tokens_now / (done * args.batch))
                 row["mfu"] = round(row["tokens_per_s"] * per_token / peak, 4)
-            with open(metrics, "a") as f:
+            with open(args.metrics, "a") as f:
                 f.write(json.dumps(row) + "\n")
             bar.set_postfix_str(f"loss {row['loss']:.3f}, held out {val_loss or math.nan:.3f}, "
                                 f"{row['tokens_per_s']} tokens/s" + (f", MFU {row['mfu']:.2f}" if peak else ""))
@@ -400,3 +414,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:  # before the first step: nothing to save
         sys.exit(130)
+    except OSError as error:  # a full disk, say
+        sys.exit(f"{error}")

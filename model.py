@@ -514,13 +514,19 @@ def _sample_batch(model, prompts, stop, n, max_new, temperature, generator, buff
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a checkpoint so that the file under that name is at any moment a whole one, the old or the new."""
+    """Write a checkpoint so that the file under that name is at any moment a whole one, the old or the new. Raises OSError."""
+    path = os.path.realpath(path)  # a link stays one
     part = f"{path}.part"
-    with open(part, "wb") as f:
-        torch.save(checkpoint, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch turns some of the one into the other
+        if os.path.exists(part):
+            os.remove(part)
+        raise OSError(f"{path} could not be written and is what it was before (is the disk full?): {error}") from None
 
 
 def load_checkpoint(path):
@@ -529,6 +535,8 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint {path}: train one first, or name another") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except Exception:  # whatever a reader of pickles can stumble over in a file that is none of ours
         raise ValueError(f"{path} is not a whole checkpoint of plain tensors and numbers (cut off, or foreign)") from None
     if not isinstance(checkpoint, dict) or not {"stage", "config", "model"} <= checkpoint.keys():
@@ -593,6 +601,8 @@ def main():
         from transformers import Qwen2Config, Qwen2ForCausalLM
     except ImportError:
         p.error("this needs transformers: pip install transformers")
+    if os.path.exists(args.to_hf) and not os.path.isdir(args.to_hf):
+        p.error(f"--to-hf {args.to_hf} is there already, and is no folder")
     try:
         config, state = to_hf(build_model(load_checkpoint(args.checkpoint), args.checkpoint))
         model = Qwen2ForCausalLM(Qwen2Config(**config))

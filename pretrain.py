@@ -45,7 +45,8 @@ MODEL = dict(n_layers="layers", width="width", n_heads="query heads", n_kv_heads
 
 
 def arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                usage="%(prog)s [options]    (--help lists them)")
     p.add_argument("--preset", choices=PRESETS, help="model and settings (default: 100m with CUDA, else tiny)")
     p.add_argument("--out", default="out/pretrain.pt", help="checkpoint to write (default out/pretrain.pt)")
     p.add_argument("--resume", action="store_true", help="continue from --out; the result is that of one long run")
@@ -90,10 +91,13 @@ def arguments():
     args.mixture = (args.ops, args.mix)  # the preset's only where neither is given
     if args.late_distractors is None:
         args.late_distractors = args.distractors
+    args.vocabulary = data.VOCABULARY
+    cuda = args.device.startswith("cuda")
+    if args.micro_tokens is None and not cuda:  # more would take 18 GB there with the large model, and be no faster
+        args.micro_tokens = min(4096, PRESETS[args.preset]["micro_tokens"])
     for name, value in {**PRESETS[args.preset], **asdict(CONFIGS[args.preset])}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    cuda = args.device.startswith("cuda")
     if args.dtype is None:
         fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
         args.dtype = "bfloat16" if fast else "float32"
@@ -118,7 +122,9 @@ def arguments():
             raise ValueError("--warmup and --momentum are below 1; --clip and --rope-theta are above 0")
         if args.batch < int(os.environ.get("WORLD_SIZE", 1)):
             raise ValueError(f"--batch {args.batch} leaves ranks without problems: give each at least one")
-        if os.path.isdir(args.out) or args.out.endswith(("/", ".jsonl")):
+        args.metrics = args.out.removesuffix(".pt") + ".jsonl"
+        folders = [path for path in (args.out, args.metrics) if os.path.exists(path) and not os.path.isfile(path)]
+        if args.out.endswith(("/", ".jsonl")) or folders:
             raise ValueError(f"--out {args.out} must name a file, and not one in .jsonl, which is for the metrics")
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         probe = f"{args.out}.{os.getpid()}.part"  # better to fail now than at the first checkpoint
@@ -167,7 +173,7 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # model and optimizers, new or resumed
     torch.manual_seed(args.seed)
-    config = replace(CONFIGS[args.preset], **{name: getattr(args, name) for name in MODEL})
+    config = replace(CONFIGS[args.preset], vocab_size=data.VOCAB_SIZE, **{name: getattr(args, name) for name in MODEL})
     model = Transformer(config)
     embeddings = model.embed_tokens.weight.data  # names are single tokens: let them show their parts (data.name_parts)
     for name, parts in data.name_parts(data.tokenizer()).items():
@@ -183,12 +189,11 @@ def main():
                                            adjust_lr_fn="match_rms_adamw"))
 
     # what the result depends on: a resumed run must have the same
-    recipe = {k: v for k, v in vars(args).items() if k not in
-              "resume out ops mixture device log_every eval_every save_every show workers compile".split()} | {"world": world}
+    recipe = {k: v for k, v in vars(args).items() if k not in ("resume out metrics ops mixture device log_every eval_every "
+              "save_every show workers compile").split()} | {"world": world}
     trained_ops = [op for (_, op), weight in zip(args.mixture.cells, args.mixture.weights) if weight > 0]
     id_ops = [min(trained_ops), max(trained_ops)]  # "in distribution", for evaluate.py
     start, tokens_seen, seconds, val_loss = 0, 0, 0.0, None
-    metrics = os.path.splitext(args.out)[0] + ".jsonl"
     if args.resume and os.path.exists(args.out):
         try:
             checkpoint = load_checkpoint(args.out)
@@ -210,15 +215,19 @@ def main():
         say(f"resumed {args.out} at step {start} of {args.steps}")
     elif args.resume:
         say(f"there is no {args.out} yet: starting at step 0")
-    if master:  # metrics that a killed run wrote past its last checkpoint would be written twice
+    if master and args.resume:  # metrics that a killed run wrote past its last checkpoint would be written twice
         kept = []
-        if start and os.path.exists(metrics):
-            for row in open(metrics).read().splitlines():
-                with suppress(ValueError):  # a kill may have cut a row off
+        if start and os.path.exists(args.metrics):
+            for row in open(args.metrics, errors="replace").read().splitlines():
+                with suppress(ValueError, KeyError, TypeError):  # a kill may have cut a row off
                     kept += [row + "\n"] if json.loads(row)["step"] <= start else []
-        with open(f"{metrics}.part", "w") as f:
+        with open(f"{args.metrics}.part", "w") as f:
             f.writelines(kept)
-        os.replace(f"{metrics}.part", metrics)
+        os.replace(f"{args.metrics}.part", args.metrics)
+    elif master:  # who forgets --resume loses nothing
+        for path in filter(os.path.exists, (args.out, args.metrics)):
+            os.replace(path, f"{path}.old")
+            say(f"{path} was there: it is {path}.old now (--resume would have continued it)")
 
     # ------------------------------------------------------------------------------------------------------------------
     # data: step s trains on problems s * batch ... (s + 1) * batch - 1 of the stream
@@ -282,6 +291,7 @@ def main():
         f"mixture {args.mix}; {args.steps} steps of {args.batch} problems; {args.optimizer}, learning rate {args.lr:g}; "
         f"{args.dtype} on {device}" + (f", {world} ranks" if world > 1 else "") + f", {torch.get_num_threads()} threads")
     if start < args.steps:
+        say("measuring how long a step takes")
         if args.compile:
             say("compiling for each size of micro-batch")
             for size in data.pack_sizes(args.micro_tokens):
@@ -301,7 +311,7 @@ def main():
     # train
     interrupted = []
     for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda *_: interrupted.append(1))  # finish the step, then save
+        signal.signal(sig, lambda *_: interrupted.append(os.write(2, b"\nfinishing the step, then saving\n")))
     began = logged = time.time()
     logged_step, logged_tokens, waited = start, tokens_seen, 0.0
     tokens_seen = torch.tensor(tokens_seen, device=device)  # counted there: reading it would wait for the device
@@ -353,7 +363,7 @@ def main():
             if peak:
                 per_token = model.flops_per_token(tokens_now / (done * args.batch))
                 row["mfu"] = round(row["tokens_per_s"] * per_token / peak, 4)
-            with open(metrics, "a") as f:
+            with open(args.metrics, "a") as f:
                 f.write(json.dumps(row) + "\n")
             bar.set_postfix_str(f"loss {row['loss']:.3f}, held out {val_loss or math.nan:.3f}, "
                                 f"{row['tokens_per_s']} tokens/s" + (f", MFU {row['mfu']:.2f}" if peak else ""))
@@ -389,3 +399,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:  # before the first step: nothing to save
         sys.exit(130)
+    except OSError as error:  # a full disk, say
+        sys.exit(f"{error}")

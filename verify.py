@@ -474,5 +474,7 @@ if __name__ == "__main__":
             main()
         finally:
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:            # the reader has gone; give the flush at exit somewhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

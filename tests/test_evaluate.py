@@ -19,7 +19,7 @@ import torch
 
 import data
 import evaluate
-from conftest import BROKEN, TINY, assert_refused, put, run, run_ranks
+from conftest import BROKEN, TINY, assert_refused, checkpoint_with, put, run, run_ranks
 from evaluate import group_of, interval, pass_at_k
 from model import load_checkpoint, save_checkpoint
 
@@ -369,7 +369,8 @@ BAD = [  # arguments, words in the last line
     ("a.pt --data empty.jsonl", "empty.jsonl"),
     ("a.pt --data bytes.jsonl", "bytes.jsonl"), ("a.pt --data other.jsonl", "other.jsonl"),
     ("a.pt --data unsolved.jsonl", "unsolved.jsonl"), ("a.pt --data op.jsonl", "op.jsonl"),
-    ("a.pt --data rows.jsonl --ops 7", "7"), ("a.pt --nope", "--nope"),
+    ("a.pt --data rows.jsonl --ops 7", "7"), ("a.pt --data rows.jsonl --context movie", "movie"),
+    ("a.pt --data rows.jsonl --json rows.jsonl", "replace"), ("a.pt --json a.pt", "replace"), ("tokens.pt", "tokens"), ("a.pt --nope", "--nope"),
 ]
 
 
@@ -386,6 +387,7 @@ def bad_folder(trained, tmp_path_factory):
             "unsolved.jsonl": json.dumps({**row, "solution": "I do not know."}),
             "op.jsonl": json.dumps({**row, "op": 2.5})}.items():
         (folder / name).write_text(content)
+    put(checkpoint_with(recipe={"vocabulary": "another"})(folder / "a.pt"), folder / "tokens.pt")
     (folder / "bytes.jsonl").write_bytes(bytes(range(128, 256)))
     return folder
 

@@ -837,6 +837,8 @@ BROKEN_HERE = BROKEN | {
     "without optimizer": checkpoint_without("optimizer"),
     "without reference": checkpoint_without("reference"),
     "without recipe": checkpoint_without("recipe"),
+    "other tokens": checkpoint_with(recipe={"preset": "tiny", "vocabulary": "another"}),
+    "a new preset": checkpoint_with(recipe={"preset": "mini"}),
     "without ops": checkpoint_without("id_ops"),
     "wrong optimizer": checkpoint_with(optimizer=[1, 2]),
     "wrong reference": checkpoint_with(reference={"x": torch.zeros(3)}),
@@ -965,7 +967,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(tmp_path, init,
     assert (tmp_path / "afile").read_text() == "keep me" and (tmp_path / "init.pt").read_bytes() == init.read_bytes()
 
 
-@pytest.mark.parametrize("kind", [*BROKEN, "without ops", "without recipe"])
+@pytest.mark.parametrize("kind", [*BROKEN, "without ops", "without recipe", "other tokens", "a new preset"])
 def test_a_broken_checkpoint_to_start_from_is_refused(tmp_path, init, kind):
     put(BROKEN_HERE[kind](init), tmp_path / "init.pt")
     assert_refused(grpo(tmp_path, "init.pt", "--steps", 1), "init.pt")

@@ -247,6 +247,22 @@ def test_an_interrupted_run_saves_and_resumes_exactly(tmp_path, whole, number):
     assert_same_run(tmp_path, whole)
 
 
+def test_a_new_run_keeps_what_the_last_one_left(tmp_path, whole):
+    for name in ("a.pt", "a.jsonl"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    result = pretrain(tmp_path, "--out", "a.pt", "--steps", 1, "--log-every", 1)
+    assert result.code == 0 and "a.pt.old" in result.out and load_checkpoint(tmp_path / "a.pt")["step"] == 1
+    for name in ("a.pt", "a.jsonl"):
+        assert (tmp_path / f"{name}.old").read_bytes() == (whole / name).read_bytes()
+    assert [row["step"] for row in metrics(tmp_path / "a.jsonl")] == [1]
+
+
+def test_outputs_of_alike_names_do_not_meet(tmp_path):
+    for out in ("lr0.01", "lr0.02", "lr0.pt"):
+        assert pretrain(tmp_path, "--out", out, "--steps", 1, "--log-every", 1).code == 0
+    assert sorted(os.listdir(tmp_path)) == ["lr0.01", "lr0.01.jsonl", "lr0.02", "lr0.02.jsonl", "lr0.jsonl", "lr0.pt"]
+
+
 def test_an_interrupt_in_the_last_step_is_no_interruption(tmp_path):
     """It comes with the checkpoint of step 2 and is seen in step 3."""
     result = pretrain(tmp_path, "--out", "a.pt", "--steps", 3, "--save-every", 1, send=(signal.SIGINT, 2))
