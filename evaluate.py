@@ -366,12 +366,14 @@ def main():
         json.dump({"checkpoints": results, "settings": settings}, f, indent=1)
     os.replace(f"{json_file}.part", json_file)
     print("\n" + table(results, args) + "\n")
+    first = f"pass@{args.k[0]}"
     for name, r in results.items():
+        bins = sorted({b for by_number in r["distractors"].values() for b in by_number})
         common = sorted(r["errors"].items(), key=lambda e: -e[1])[:4]
-        print(f"{name}\n  edge (verified pass@{args.k[0]} below 0.5, pass@{args.k[-1]} at least 0.05): "
+        print(f"{name}\n  edge (verified {first} below 0.5, pass@{args.k[-1]} at least 0.05): "
               + (f"op {r['edge'][0]}-{r['edge'][1]}" if r["edge"] else "none")
-              + f"\n  verified pass@{args.k[0]} by the number of distractors: " + "; ".join(
-                  f"{group} " + ", ".join(f"{n}: {v['verified'][f'pass@{args.k[0]}']:.2f}" for n, v in by_number.items())
+              + f"\n  verified {first} with {', '.join(bins)} distractors: " + "; ".join(f"{group} " + " ".join(
+                  f"{by_number[b]['verified'][first]:.2f}" if b in by_number else "-" for b in bins)
                   for group, by_number in r["distractors"].items())
               + f"\n  right answer by wrong reasoning: {100 * r['hacked']:.1f} % of the right answers; cut off: "
               f"{100 * r['truncated']:.1f} %\n  most frequent errors, in % of the samples: "

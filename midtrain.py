@@ -103,6 +103,9 @@ def arguments():
         args.vocabulary = data.VOCABULARY
         if args.start["recipe"].get("vocabulary", args.vocabulary) != args.vocabulary:
             raise ValueError(f"{source} was trained with other tokens: data.py has changed since, so train anew")
+        # tells one run from another: a resumed run must not go on after --init has been trained anew
+        args.init_seconds = args.start["recipe"].get("init_seconds") if not os.path.exists(args.init) else \
+            load_checkpoint(args.init).get("seconds")
         if args.micro_tokens is None and not cuda:
             args.micro_tokens = min(4096, PRESETS[args.preset]["micro_tokens"])
         for name, value in PRESETS[args.preset].items():

@@ -823,6 +823,16 @@ def test_resuming_a_finished_run_is_harmless(tmp_path, init, whole):
     assert_same_run(tmp_path, whole)
 
 
+def test_resuming_after_the_stage_before_was_run_again_is_refused(tmp_path, init, whole):
+    for name in ("a.pt", "a.jsonl"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    checkpoint = load_checkpoint(tmp_path / "a.pt")
+    checkpoint["recipe"]["init"] = "init.pt"
+    save_checkpoint(tmp_path / "a.pt", checkpoint)
+    save_checkpoint(tmp_path / "init.pt", {**load_checkpoint(init), "seconds": 12.5})
+    assert_refused(grpo(tmp_path, "init.pt", *SIX, "--resume"), "init_seconds", "12.5")
+
+
 def test_resuming_with_other_arguments_is_refused(tmp_path, init, whole):
     copy(whole, tmp_path)
     for option, value in (("--lr", "0.1"), ("--reward", "strict"), ("--prompts", "8"), ("--seed", "1"), ("--kl", "0.5"),

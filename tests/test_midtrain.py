@@ -14,7 +14,7 @@ import data
 import midtrain as M
 from conftest import (BROKEN, TINY, assert_compiled_where_there_is_bfloat16, assert_refused, checkpoint_with, checkpoint_without,
                       is_finite, metrics, put, run, same)
-from model import load_checkpoint
+from model import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +151,16 @@ def test_a_run_killed_three_times_resumes_exactly_even_without_its_init(tmp_path
     torch.save(checkpoint, tmp_path / "a.pt")
     assert_same_run(tmp_path, whole)
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.pt"]
+
+
+def test_resuming_after_the_stage_before_was_run_again_is_refused(tmp_path, init, whole):
+    for name in ("a.pt", "a.jsonl"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    checkpoint = load_checkpoint(tmp_path / "a.pt")
+    checkpoint["recipe"]["init"] = "init.pt"
+    save_checkpoint(tmp_path / "a.pt", checkpoint)
+    save_checkpoint(tmp_path / "init.pt", {**load_checkpoint(init), "seconds": 12.5})
+    assert_refused(midtrain(tmp_path, "init.pt", *EIGHT, "--resume"), "init_seconds", "12.5")
 
 
 def test_resuming_with_other_arguments_is_refused(tmp_path, init, whole):
