@@ -196,9 +196,12 @@ def arguments():
         if args.start["recipe"].get("vocabulary", args.vocabulary) != args.vocabulary:
             raise ValueError(f"{source} was trained with other tokens: data.py has changed since, so train anew")
         settings = PRESETS[args.preset]
-        # tells one run from another: a resumed run must not go on after --init has been trained anew
-        args.init_seconds = args.start["recipe"].get("init_seconds") if not os.path.exists(args.init) else \
-            load_checkpoint(args.init).get("seconds")
+        if source == args.init:  # what tells one training of it from another: after a new one, nothing is to be resumed
+            args.init_seconds = args.start.get("seconds")
+        elif os.path.exists(args.init):
+            args.init_seconds = load_checkpoint(args.init).get("seconds")
+        else:
+            args.init_seconds = args.start["recipe"].get("init_seconds")
         if args.micro_tokens is None and not cuda:
             args.micro_tokens = min(4096, settings["micro_tokens"])
         for name, value in settings.items():
@@ -444,8 +447,14 @@ def main():
         f", {torch.get_num_threads()} threads")
     workers = args.workers and ProcessPoolExecutor(args.workers, get_context("spawn"), as_worker)
     interrupted = []
+
+    def interrupt(*_):
+        interrupted.append(1)
+        with suppress(OSError):
+            os.write(2, b"\nfinishing the step, then saving\n" if master else b"")
+
     for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda *_: interrupted.append(os.write(2, b"\nfinishing the step, then saving\n")))
+        signal.signal(sig, interrupt)
     began = time.time()
     if val is None:
         val = held_out()
@@ -600,8 +609,8 @@ def main():
                         for op, g in sorted(groups.items())},
                 kl=float(sums["kl"]) / n, approx_kl=float(sums["approx_kl"]) / n, clip_frac=float(sums["clipped"]) / n,
                 entropy=float(sums["entropy"]) / n, mismatch=float(sums["mismatch"]) / (float(sums["sampled"]) or 1.0),
-                grad_norm=sum(grad_norms) / len(grad_norms), lr=lr, length=mean("length"), truncated=mean("truncated"), held_out=val,
-                problems=step * args.prompts, tokens=tokens_seen, training_tokens=round(tokens_seen * RL_COST),
+                grad_norm=sum(grad_norms) / len(grad_norms), lr=lr, length=mean("length"), truncated=mean("truncated"),
+                held_out=val, problems=step * args.prompts, tokens=tokens_seen, training_tokens=round(tokens_seen * RL_COST),
                 tokens_per_s=round(mean("length") * len(records) / rollout_seconds), rollout_s=round(rollout_seconds, 3),
                 verify_s=round(verify_seconds, 3), update_s=round(update_seconds, 3),
                 seconds=round(seconds + time.time() - began, 2))
@@ -611,7 +620,7 @@ def main():
         if master and save:
             save_checkpoint(args.out, checkpoint(step))
         bar.update(1 if args.budget is None else sum(r["read"] for r in records))
-        if step == start + (2 if args.compile or workers else 1) and not end:  # the first step compiles, and starts the workers
+        if step == start + (2 if args.compile or workers else 1) and not end:  # the first step compiles, or starts workers
             left = args.steps - step if args.budget is None else (allowance - tokens_seen) / sum(r["read"] for r in records)
             say(f"expected time: about {(time.time() - step_began) * left / 60:.1f} minutes")
         if stop and not end:

@@ -103,9 +103,12 @@ def arguments():
         args.vocabulary = data.VOCABULARY
         if args.start["recipe"].get("vocabulary", args.vocabulary) != args.vocabulary:
             raise ValueError(f"{source} was trained with other tokens: data.py has changed since, so train anew")
-        # tells one run from another: a resumed run must not go on after --init has been trained anew
-        args.init_seconds = args.start["recipe"].get("init_seconds") if not os.path.exists(args.init) else \
-            load_checkpoint(args.init).get("seconds")
+        if source == args.init:  # what tells one training of it from another: after a new one, nothing is to be resumed
+            args.init_seconds = args.start.get("seconds")
+        elif os.path.exists(args.init):
+            args.init_seconds = load_checkpoint(args.init).get("seconds")
+        else:
+            args.init_seconds = args.start["recipe"].get("init_seconds")
         if args.micro_tokens is None and not cuda:
             args.micro_tokens = min(4096, PRESETS[args.preset]["micro_tokens"])
         for name, value in PRESETS[args.preset].items():
@@ -328,8 +331,14 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # train
     interrupted = []
+
+    def interrupt(*_):
+        interrupted.append(1)
+        with suppress(OSError):
+            os.write(2, b"\nfinishing the step, then saving\n" if master else b"")
+
     for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda *_: interrupted.append(os.write(2, b"\nfinishing the step, then saving\n")))
+        signal.signal(sig, interrupt)
     began = logged = time.time()
     logged_step, logged_tokens, waited = start, tokens_seen, 0.0
     tokens_seen = torch.tensor(tokens_seen, device=device)  # counted there: reading it would wait for the device

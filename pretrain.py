@@ -310,8 +310,14 @@ def main():
     # ------------------------------------------------------------------------------------------------------------------
     # train
     interrupted = []
+
+    def interrupt(*_):
+        interrupted.append(1)
+        with suppress(OSError):
+            os.write(2, b"\nfinishing the step, then saving\n" if master else b"")
+
     for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, lambda *_: interrupted.append(os.write(2, b"\nfinishing the step, then saving\n")))
+        signal.signal(sig, interrupt)
     began = logged = time.time()
     logged_step, logged_tokens, waited = start, tokens_seen, 0.0
     tokens_seen = torch.tensor(tokens_seen, device=device)  # counted there: reading it would wait for the device
