@@ -300,8 +300,8 @@ def distractor_law(mean):
     """Cumulative probabilities of 0..12 distractors with that mean, `--distractors`.
 
     A geometric law with a fat tail: one problem in sixteen has 8 to 12, long ones. The tail brings training texts of
-    op 10 up to 260 tokens, where op 20 has 282 in the mean: past op 17 the length of a text is new, too. More distractors
-    would not fit beside the largest graphs, and the law is one for every op.
+    op 10 up to 260 tokens (the 99.9 % quantile), where op 20 has 282 in the mean: there the length of a text is new, too. More
+    distractors would not fit beside the largest graphs, and the law is one for every op.
     Raises ValueError for a mean outside 0..10.
     """
     if not 0 <= mean <= 10:

@@ -10,8 +10,9 @@ Evaluation: pass@k over held-out problems, for the right answer and for the righ
 Three verdicts, each stricter than the one before (verify.py): outcome, the answer is right; verified, every step the
 answer needs is there with the right inputs and value (the paper's metric); strict, the text really proves it.
 
-Ops are grouped by the range m-M of pre-training as in arXiv 2512.07783, where it is 2-10: ID up to M, OOD-edge up to
-1.4 M (11-14), OOD-hard up to 2 M (15-20). "+-" is half of a 95 % confidence interval over problems.
+Ops are grouped by the range m-M of pre-training (of the first checkpoint's) as in arXiv 2512.07783, where it is 2-10: ID m to M,
+OOD-edge up to 1.4 M (11-14), OOD-hard above (15-20); "below" are those under m. "+-" is half of a 95 % confidence interval
+over problems.
 """
 import argparse
 import importlib.util
@@ -146,6 +147,8 @@ def arguments():
                                                     args.law) for i in range(args.problems)] for op in ops}
         if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
             raise ValueError(f"--plot {args.plot} must end in .png, .pdf or .svg")
+        if not args.json:
+            raise ValueError("--json needs the name of a file")
         inputs = [os.path.realpath(path) for path in filter(None, [*args.checkpoints, args.data])]
         for path in filter(None, [args.json, args.plot]):
             if os.path.exists(path) and not os.path.isfile(path) or path.endswith("/"):

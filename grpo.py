@@ -262,7 +262,7 @@ def arguments():
         folders = [path for path in (args.out, args.metrics) if os.path.exists(path) and not os.path.isfile(path)]
         if args.out.endswith(("/", ".jsonl")) or folders:
             raise ValueError(f"--out {args.out} must name a file, and not one in .jsonl, which is for the metrics")
-        if os.path.realpath(args.out) == os.path.realpath(args.init):
+        if os.path.realpath(args.init) in map(os.path.realpath, (args.out, f"{args.out}.old")):
             raise ValueError(f"--out {args.out} would overwrite the checkpoint to start from")
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         probe = f"{args.out}.{os.getpid()}.part"  # better to fail now than at the first checkpoint
@@ -329,6 +329,8 @@ def main():
             checkpoint = args.start
             if checkpoint["stage"] != "grpo":
                 raise ValueError(f"{args.out} is a checkpoint of {checkpoint['stage']}, not of grpo")
+            if checkpoint["recipe"].get("init_seconds") != args.init_seconds:
+                raise ValueError(f"{args.init} was trained anew after {args.out} was made from it: start afresh without --resume")
             for key, value in recipe.items():
                 if checkpoint["recipe"].get(key) != value:
                     raise ValueError(f"{args.out} was made with {key} {checkpoint['recipe'].get(key)}, not {value}: "
@@ -357,7 +359,7 @@ def main():
     elif master:  # who forgets --resume loses nothing
         for path in filter(os.path.exists, (args.out, args.metrics)):
             os.replace(path, f"{path}.old")
-            say(f"{path} was there: it is {path}.old now (--resume would have continued it)")
+            say(f"{path} was there: it is {path}.old now (--resume would have continued it; to go back, rename it)")
 
     if args.compile:  # one layer at a time, as in pretrain.py; sampling has its own steps
         torch._dynamo.config.recompile_limit = 64
@@ -453,8 +455,7 @@ def main():
         with suppress(OSError):
             os.write(2, b"\nfinishing the step, then saving\n" if master else b"")
 
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, interrupt)
+    handlers = {sig: signal.signal(sig, interrupt) for sig in (signal.SIGINT, signal.SIGTERM)}
     began = time.time()
     if val is None:
         val = held_out()
@@ -630,6 +631,10 @@ def main():
     close()
     say(f"{args.out}: {step} steps, {step * args.prompts} prompts, {tokens_seen} tokens of RL (worth {tokens_seen * RL_COST:.3g} "
         f"training tokens), {(seconds + time.time() - began) / 60:.1f} minutes; held out, verified: {shares(val)}")
+    for sig, handler in handlers.items():
+        signal.signal(sig, handler)
+    if interrupted:  # in the last step: nothing is left to resume, but what comes after this script is not wanted
+        sys.exit(130)
     if world > 1:
         dist.destroy_process_group()
 

@@ -151,7 +151,7 @@ def arguments():
         folders = [path for path in (args.out, args.metrics) if os.path.exists(path) and not os.path.isfile(path)]
         if args.out.endswith(("/", ".jsonl")) or folders:
             raise ValueError(f"--out {args.out} must name a file, and not one in .jsonl, which is for the metrics")
-        if os.path.realpath(args.out) == os.path.realpath(args.init):
+        if os.path.realpath(args.init) in map(os.path.realpath, (args.out, f"{args.out}.old")):
             raise ValueError(f"--out {args.out} would overwrite the checkpoint to start from")
         os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         probe = f"{args.out}.{os.getpid()}.part"  # better to fail now than at the first checkpoint
@@ -222,6 +222,8 @@ def main():
             checkpoint = args.start
             if checkpoint["stage"] != "midtrain":
                 raise ValueError(f"{args.out} is a checkpoint of {checkpoint['stage']}, not of midtrain")
+            if checkpoint["recipe"].get("init_seconds") != args.init_seconds:
+                raise ValueError(f"{args.init} was trained anew after {args.out} was made from it: start afresh without --resume")
             for key, value in recipe.items():
                 if checkpoint["recipe"].get(key) != value:
                     raise ValueError(f"{args.out} was made with {key} {checkpoint['recipe'].get(key)}, not {value}: "
@@ -249,7 +251,7 @@ def main():
     elif master:  # who forgets --resume loses nothing
         for path in filter(os.path.exists, (args.out, args.metrics)):
             os.replace(path, f"{path}.old")
-            say(f"{path} was there: it is {path}.old now (--resume would have continued it)")
+            say(f"{path} was there: it is {path}.old now (--resume would have continued it; to go back, rename it)")
 
     # ------------------------------------------------------------------------------------------------------------------
     # data: step s trains on problems s * batch ... (s + 1) * batch - 1 of the stream
@@ -337,8 +339,7 @@ def main():
         with suppress(OSError):
             os.write(2, b"\nfinishing the step, then saving\n" if master else b"")
 
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, interrupt)
+    handlers = {sig: signal.signal(sig, interrupt) for sig in (signal.SIGINT, signal.SIGTERM)}
     began = logged = time.time()
     logged_step, logged_tokens, waited = start, tokens_seen, 0.0
     tokens_seen = torch.tensor(tokens_seen, device=device)  # counted there: reading it would wait for the device
@@ -405,6 +406,10 @@ def main():
     bar.close()
     say(f"{args.out}: step {args.steps}, {args.steps * args.batch} problems, "
         f"{(seconds + time.time() - began) / 60:.1f} minutes of training")
+    for sig, handler in handlers.items():
+        signal.signal(sig, handler)
+    if interrupted:  # in the last step: nothing is left to resume, but what comes after this script is not wanted
+        sys.exit(130)
 
     # ------------------------------------------------------------------------------------------------------------------
     # what it writes on problems it cannot have seen

@@ -526,7 +526,7 @@ def save_checkpoint(path, checkpoint):
     except (OSError, RuntimeError) as error:  # torch turns some of the one into the other
         if os.path.exists(part):
             os.remove(part)
-        raise OSError(f"{path} could not be written and is what it was before (is the disk full?): {error}") from None
+        raise OSError(f"{path} could not be written (is the disk full?); nothing was changed there: {error}") from None
 
 
 def load_checkpoint(path):

@@ -227,7 +227,7 @@ def main():
     elif master:  # who forgets --resume loses nothing
         for path in filter(os.path.exists, (args.out, args.metrics)):
             os.replace(path, f"{path}.old")
-            say(f"{path} was there: it is {path}.old now (--resume would have continued it)")
+            say(f"{path} was there: it is {path}.old now (--resume would have continued it; to go back, rename it)")
 
     # ------------------------------------------------------------------------------------------------------------------
     # data: step s trains on problems s * batch ... (s + 1) * batch - 1 of the stream
@@ -316,8 +316,7 @@ def main():
         with suppress(OSError):
             os.write(2, b"\nfinishing the step, then saving\n" if master else b"")
 
-    for sig in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sig, interrupt)
+    handlers = {sig: signal.signal(sig, interrupt) for sig in (signal.SIGINT, signal.SIGTERM)}
     began = logged = time.time()
     logged_step, logged_tokens, waited = start, tokens_seen, 0.0
     tokens_seen = torch.tensor(tokens_seen, device=device)  # counted there: reading it would wait for the device
@@ -384,6 +383,10 @@ def main():
     bar.close()
     say(f"{args.out}: step {args.steps}, {args.steps * args.batch} problems, "
         f"{(seconds + time.time() - began) / 60:.1f} minutes of training")
+    for sig, handler in handlers.items():
+        signal.signal(sig, handler)
+    if interrupted:  # in the last step: nothing is left to resume, but what comes after this script is not wanted
+        sys.exit(130)
 
     # ------------------------------------------------------------------------------------------------------------------
     # what it writes on problems it cannot have seen

@@ -370,7 +370,7 @@ BAD = [  # arguments, words in the last line
     ("a.pt --data bytes.jsonl", "bytes.jsonl"), ("a.pt --data other.jsonl", "other.jsonl"),
     ("a.pt --data unsolved.jsonl", "unsolved.jsonl"), ("a.pt --data op.jsonl", "op.jsonl"),
     ("a.pt --data rows.jsonl --ops 7", "7"), ("a.pt --data rows.jsonl --context movie", "movie"),
-    ("a.pt --data rows.jsonl --json rows.jsonl", "replace"), ("a.pt --json a.pt", "replace"), ("tokens.pt", "tokens"), ("a.pt --nope", "--nope"),
+    ("a.pt --data rows.jsonl --json rows.jsonl", "replace"), ("a.pt --json a.pt", "replace"), ("a.pt --json=", "--json"), ("tokens.pt", "tokens"), ("a.pt --nope", "--nope"),
 ]
 
 

@@ -160,7 +160,7 @@ def test_resuming_after_the_stage_before_was_run_again_is_refused(tmp_path, init
     checkpoint["recipe"]["init"] = "init.pt"
     save_checkpoint(tmp_path / "a.pt", checkpoint)
     save_checkpoint(tmp_path / "init.pt", {**load_checkpoint(init), "seconds": 12.5})
-    assert_refused(midtrain(tmp_path, "init.pt", *EIGHT, "--resume"), "init_seconds", "12.5")
+    assert_refused(midtrain(tmp_path, "init.pt", *EIGHT, "--resume"), "init.pt", "anew")
 
 
 def test_resuming_with_other_arguments_is_refused(tmp_path, init, whole):
@@ -235,5 +235,6 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(tmp_path, init,
 @pytest.mark.parametrize("kind", [*BROKEN, "without ops", "without recipe", "other tokens", "a new preset"])
 def test_a_broken_checkpoint_to_start_from_is_refused(tmp_path, init, kind):
     put(BROKEN_HERE[kind](init), tmp_path / "init.pt")
-    assert_refused(midtrain(tmp_path, "init.pt", "--steps", 1), "init.pt")
+    why = {"other tokens": "tokens", "a new preset": "mini"}.get(kind, "")
+    assert_refused(midtrain(tmp_path, "init.pt", "--steps", 1), "init.pt", why)
     assert os.listdir(tmp_path) == ["init.pt"]

@@ -263,10 +263,10 @@ def test_outputs_of_alike_names_do_not_meet(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["lr0.01", "lr0.01.jsonl", "lr0.02", "lr0.02.jsonl", "lr0.jsonl", "lr0.pt"]
 
 
-def test_an_interrupt_in_the_last_step_is_no_interruption(tmp_path):
-    """It comes with the checkpoint of step 2 and is seen in step 3."""
+def test_an_interrupt_in_the_last_step_leaves_nothing_to_resume(tmp_path):
+    """It comes with the checkpoint of step 2 and is seen in step 3. What follows in the shell (&&) is not wanted."""
     result = pretrain(tmp_path, "--out", "a.pt", "--steps", 3, "--save-every", 1, send=(signal.SIGINT, 2))
-    assert result.code == 0 and "--resume" not in result.out and load_checkpoint(tmp_path / "a.pt")["step"] == 3
+    assert result.code == 130 and "--resume" not in result.out and load_checkpoint(tmp_path / "a.pt")["step"] == 3
 
 
 def test_with_cuda_no_option_is_needed(tmp_path, monkeypatch, pretend_cuda):
