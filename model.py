@@ -9,8 +9,10 @@ there and back by renaming (`to_hf`, `from_hf`), and `python model.py CKPT --to-
 Letters in shape comments: B rows, T tokens, C width, H heads, G key-value heads, D width of a head.
 """
 import argparse
+import json
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass, fields
 
 import torch
@@ -527,6 +529,20 @@ def save_checkpoint(path, checkpoint):
         if os.path.exists(part):
             os.remove(part)
         raise OSError(f"{path} could not be written (is the disk full?); nothing was changed there: {error}") from None
+
+
+def keep_metrics(path, step):
+    """Leave only the rows up to `step` in a JSONL file: a killed run wrote some past its last checkpoint, or a part of one, and
+    the resumed run writes them again."""
+    kept = []
+    if step and os.path.exists(path):
+        with open(path, errors="replace") as f:
+            for row in f.read().splitlines():
+                with suppress(ValueError, KeyError, TypeError):
+                    kept += [row + "\n"] if json.loads(row)["step"] <= step else []
+    with open(f"{path}.part", "w") as f:
+        f.writelines(kept)
+    os.replace(f"{path}.part", path)
 
 
 def load_checkpoint(path):

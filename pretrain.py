@@ -25,7 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from model import CONFIGS, Transformer, build_model, load_checkpoint, peak_flops, sample, save_checkpoint
+from model import CONFIGS, Transformer, build_model, keep_metrics, load_checkpoint, peak_flops, sample, save_checkpoint
 
 # A preset is a model (model.CONFIGS) and the settings that suit it. Each can be set on the command line.
 PRESETS = {
@@ -215,15 +215,8 @@ def main():
         say(f"resumed {args.out} at step {start} of {args.steps}")
     elif args.resume:
         say(f"there is no {args.out} yet: starting at step 0")
-    if master and args.resume:  # metrics that a killed run wrote past its last checkpoint would be written twice
-        kept = []
-        if start and os.path.exists(args.metrics):
-            for row in open(args.metrics, errors="replace").read().splitlines():
-                with suppress(ValueError, KeyError, TypeError):  # a kill may have cut a row off
-                    kept += [row + "\n"] if json.loads(row)["step"] <= start else []
-        with open(f"{args.metrics}.part", "w") as f:
-            f.writelines(kept)
-        os.replace(f"{args.metrics}.part", args.metrics)
+    if master and args.resume:
+        keep_metrics(args.metrics, start)
     elif master:  # who forgets --resume loses nothing
         for path in filter(os.path.exists, (args.out, args.metrics)):
             os.replace(path, f"{path}.old")
