@@ -202,7 +202,7 @@ def arguments():
             args.init_seconds = load_checkpoint(args.init).get("seconds")
         else:
             args.init_seconds = args.start["recipe"].get("init_seconds")
-        if args.micro_tokens is None and not cuda:
+        if args.micro_tokens is None and not cuda:  # as in pretrain.py: memory
             args.micro_tokens = min(4096, settings["micro_tokens"])
         for name, value in settings.items():
             if getattr(args, name) is None and name != "id_share":

@@ -109,7 +109,7 @@ def arguments():
             args.init_seconds = load_checkpoint(args.init).get("seconds")
         else:
             args.init_seconds = args.start["recipe"].get("init_seconds")
-        if args.micro_tokens is None and not cuda:
+        if args.micro_tokens is None and not cuda:  # as in pretrain.py: memory
             args.micro_tokens = min(4096, PRESETS[args.preset]["micro_tokens"])
         for name, value in PRESETS[args.preset].items():
             if getattr(args, name) is None:

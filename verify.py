@@ -56,7 +56,6 @@ PLAIN = re.compile(rf"(so )?([A-Za-z]) = "
                    rf"(?:([A-Za-z]) = |({OPERAND}) ([-+*]) ([A-Za-z]) = ({INT}) \5 ({INT}) = )?({INT})")
 
 ENDS = ("Answer:", "</solution>", "<answer>")        # the first of these ends the steps
-PROMPT = re.compile("<question>.*</question> ?")
 ENDING = re.compile(rf"(?:Answer: ?({INT}) ?\.(?: ?</solution>)?|</solution> ?<answer> ?({INT}) ?</answer>)"
                     r"(?: ?<\|endoftext\|>)*")
 ANSWER = re.compile(rf"Answer:(?: ?({INT}) ?\.(?=[ <]|$))?|<answer>(?: ?({INT}) ?</answer>)?")
@@ -100,8 +99,9 @@ def parse(text):
     """
     text = " ".join(text.split())
     prompt, tag, solution = text.partition("<solution>")
-    if tag and (not prompt or PROMPT.fullmatch(prompt) and not any(mark in prompt for mark in (*ENDS, "Define "))):
-        text = solution  # a prompt holds no steps and no answer: those would be a second solution
+    asked = prompt.startswith("<question>") and prompt.rstrip().endswith("</question>")
+    if tag and (not prompt or asked and not any(mark in prompt for mark in (*ENDS, "Define "))):
+        text = solution  # steps or an answer before it would be a second solution, and stay
     end = min([i for i in map(text.find, ENDS) if i >= 0], default=len(text))
     before, *chunks = text[:end].split("Define ")
     answers, errors = _answers(text[end:])
