@@ -476,6 +476,21 @@ def mixture_of(ops, mix, default):
     return parse_mixture(default if mix is None else mix)
 
 
+def stage_mixture(id_ops, default_id_share, mix=None, ops=None, id_share=None):
+    """The mixture of a stage after pre-training on ops id_ops = [m, M]: `mix` or else, in all contexts, a share of `id_share`
+    from m-M and the rest from `ops` (default: OOD-edge). Raises ValueError with a line for the user."""
+    if mix is not None and (ops is not None or id_share is not None):
+        raise ValueError("give --ops (and --id-share) or --mix, not both")
+    if mix is None:
+        if ops is None and id_ops[1] >= MAX_OP:
+            raise ValueError(f"pre-training went up to op {MAX_OP}, the last: name the range with --ops or --mix")
+        ops = ops or "{}-{}".format(*op_groups(id_ops)["OOD-edge"])
+        parse_ops(ops)
+        id_share = default_id_share if id_share is None else id_share
+        mix = "all:{}-{}:{:g},all:{}:{:g}".format(*id_ops, id_share, ops, 1 - id_share)
+    return parse_mixture(mix)
+
+
 def reweighted(mixture, factors):
     """The mixture with the weight of each op times factors[op]."""
     weights = [w * factors.get(op, 0.0) for (_, op), w in zip(mixture.cells, mixture.weights)]
@@ -645,6 +660,12 @@ def encode_row(enc, row):
     """-> (ids, n_prompt): the whole training text as ids, and how many of them are the prompt."""
     ids = encode(enc, prompt_text(row) + response_text(row))
     return ids, ids.index(enc.encode_single_token("<solution>")) + 1
+
+
+def mean_tokens(mixture, seed, law, n=2000):
+    """Tokens of a problem that are read in training, in the mean."""
+    enc = tokenizer()
+    return np.mean([len(encode_row(enc, make_row(i, mixture, seed, law=law))[0]) - 1 for i in range(n)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

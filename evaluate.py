@@ -15,20 +15,18 @@ OOD-edge up to 1.4 M (11-14), OOD-hard above (15-20); "below" are those under m.
 over problems.
 """
 import argparse
+import collections
 import importlib.util
 import json
 import math
 import os
-import sys
-from contextlib import nullcontext
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 import data
-from model import build_model, load_checkpoint, sample
+from model import (Progress, at_least, build_model, check_outputs, fast_bfloat16, gather, load_checkpoint, n_ranks,
+                   one_line_errors, rank, run_script, sample, say, set_up)
 from verify import explain, verify
 
 VERDICTS = ("outcome", "verified", "strict")
@@ -75,111 +73,96 @@ def group_of(op, id_ops):
         "OOD-edge" if op <= groups["OOD-edge"][1] else "OOD-hard"
 
 
+def integers(text):
+    """An argparse type: a list such as 1,8,128, sorted."""
+    return sorted({at_least(1)(k) for k in text.split(",")})
+
+
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 usage="%(prog)s [CKPT ...] [options]    (--help lists them)")
     p.add_argument("checkpoints", nargs="*", metavar="CKPT", help=f"default: those of {', '.join(CHAIN)} that exist")
     p.add_argument("--ops", help="op range (default: 2 to twice the largest op of pre-training)")
-    p.add_argument("--context", default="all", help="zoo, school, movie or all (default all)")
+    p.add_argument("--context", choices=[*data.CONTEXTS, "all"], default="all", help="of the problems (default all)")
     p.add_argument("--data", help="take the problems from this JSONL file of rows")
-    p.add_argument("--n", type=int, help="samples per problem (default 128, on a CPU 16)")
-    p.add_argument("--k", help="k of pass@k (default 1,8,128, on a CPU 1,4,16)")
-    p.add_argument("--problems", type=int, help="problems per op (default 200, on a CPU 100)")
-    p.add_argument("--temperature", type=float, default=0.7, help="of sampling, as in the paper (default 0.7); 0: greedy")
-    p.add_argument("--distractors", type=float, default=2.0, help="mean number of unneeded sentences (default 2)")
-    p.add_argument("--seed", type=int, default=0, help="of the problems and of the sampling (default 0)")
+    p.add_argument("--n", type=at_least(1), help="samples per problem (default 128, on a CPU 16)")
+    p.add_argument("--k", type=integers, help="k of pass@k (default 1,8,128, on a CPU 1,4,16)")
+    p.add_argument("--problems", type=at_least(1), help="problems per op (default 200, on a CPU 100)")
+    p.add_argument("--temperature", type=at_least(0.0), default=0.7, help="of sampling, as in the paper (default 0.7); 0: greedy")
+    p.add_argument("--distractors", type=at_least(0.0), default=2.0, help="mean number of unneeded sentences (default 2)")
+    p.add_argument("--seed", type=at_least(0), default=0, help="of the problems and of the sampling (default 0)")
     p.add_argument("--json", default="out/eval.json", help="where to write the numbers (default out/eval.json)")
     p.add_argument("--plot", metavar="PNG", help="draw pass@1 and pass@k over op (needs matplotlib)")
-    p.add_argument("--show", type=int, default=0, metavar="N", help="print N sampled solutions, each step marked")
-    p.add_argument("--rows", type=int, help="samples that run at a time (default 6144, on a CPU 512)")
+    p.add_argument("--show", type=at_least(0), default=0, metavar="N", help="print N sampled solutions, each step marked")
+    p.add_argument("--rows", type=at_least(1), help="samples that run at a time (default 6144, on a CPU 512)")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     args = p.parse_args()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    big = args.device.startswith("cuda")
-    args.n = args.n if args.n is not None else 128 if big else 16
-    args.problems = args.problems if args.problems is not None else 200 if big else 100
-    args.rows = args.rows if args.rows is not None else 6144 if big else 512
-    try:
-        if args.k is None:
-            args.k = [k for k in ((1, 8, 128) if big else (1, 4, 16)) if k <= args.n] or [1]
-        else:
-            if not all(k.strip().isdecimal() for k in args.k.split(",")):
-                raise ValueError(f"--k is a list of integers such as 1,8,128, got {args.k!r}")
-            args.k = sorted({int(k) for k in args.k.split(",")})
-        for name, low in dict(n=1, problems=1, rows=1, show=0, temperature=0, seed=0).items():
-            if not low <= getattr(args, name) < 2 ** 62:
-                raise ValueError(f"--{name} must be at least {low} and not huge, got {getattr(args, name)}")
-        if not 1 <= args.k[0] or args.k[-1] > args.n:
-            raise ValueError(f"pass@{args.k[-1]} needs 1 <= k <= n, but --n is {args.n}")
-        if args.context not in [*data.CONTEXTS, "all"]:
-            raise ValueError(f"--context is zoo, school, movie or all, got {args.context!r}")
-        args.law = data.distractor_law(args.distractors)
+    on_gpu = args.device.startswith("cuda")
+    for name, gpu, cpu in (("n", 128, 16), ("problems", 200, 100), ("rows", 6144, 512)):
+        setattr(args, name, getattr(args, name) or (gpu if on_gpu else cpu))
+    args.k = args.k or [k for k in ((1, 8, 128) if on_gpu else (1, 4, 16)) if k <= args.n]
+    with one_line_errors(p):
         torch.empty(0, device=args.device)
+        args.dtype = "bfloat16" if fast_bfloat16(args.device) else "float32"
+        if args.k[-1] > args.n:
+            raise ValueError(f"pass@{args.k[-1]} needs 1 <= k <= n, but --n is {args.n}")
         args.checkpoints = args.checkpoints or [c for c in CHAIN if os.path.exists(c)]
         if not args.checkpoints:
             raise ValueError("there is no checkpoint in out/: run python pretrain.py first, or name one")
-        args.loaded = []
-        for path in args.checkpoints:
-            checkpoint = load_checkpoint(path)
-            if checkpoint.get("recipe", {}).get("vocabulary", data.VOCABULARY) != data.VOCABULARY:
-                raise ValueError(f"{path} was trained with other tokens: data.py has changed since, so train anew")
-            id_ops, counts = checkpoint.get("id_ops"), [checkpoint.get("step"), checkpoint.get("problems")]
-            if not (isinstance(id_ops, list) and len(id_ops) == 2 and all(isinstance(n, int) for n in id_ops + counts)):
-                raise ValueError(f"{path} does not say how it was trained (id_ops, step, problems)")
-            args.loaded.append((path, build_model(checkpoint, path), checkpoint))
+        args.loaded = [read_checkpoint(path) for path in args.checkpoints]
         args.id_ops = args.loaded[0][2]["id_ops"]
-        if args.data:
-            rows = [r for r in data.read_rows(args.data)
-                    if args.context in ("all", data.TEMPLATE_TO_CONTEXT.get(r["template"], r["template"]))]
-            wanted = data.parse_ops(args.ops) if args.ops else range(10 ** 9)
-            args.problem_rows = {op: [r for r in rows if r["op"] == op][:args.problems]
-                                 for op in sorted({r["op"] for r in rows}) if op in wanted}
-            if not args.problem_rows:
-                raise ValueError(f"{args.data} has no rows with op {args.ops or 'of any size'}, context {args.context}")
-            for n, row in enumerate(rows, 1):
-                try:
-                    verify(row["solution"], "")
-                except ValueError as error:
-                    raise ValueError(f"{args.data} row {n}: {error}") from None
-        else:
-            ops = data.parse_ops(args.ops or f"2-{min(2 * args.id_ops[1], data.MAX_OP)}")
-            args.problem_rows = {op: [data.make_row(i, data.parse_mixture(f"{args.context}:{op}"), args.seed, "eval",
-                                                    args.law) for i in range(args.problems)] for op in ops}
+        args.problem_rows = problems_of(args)
         if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
             raise ValueError(f"--plot {args.plot} must end in .png, .pdf or .svg")
         if not args.json:
             raise ValueError("--json needs the name of a file")
-        inputs = [os.path.realpath(path) for path in filter(None, [*args.checkpoints, args.data])]
-        for path in filter(None, [args.json, args.plot]):
-            if os.path.exists(path) and not os.path.isfile(path) or path.endswith("/"):
-                raise ValueError(f"{path} is not a file")
-            if os.path.realpath(path) in inputs:
-                raise ValueError(f"{path} would replace an input")
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            probe = f"{path}.{os.getpid()}.part"  # better to fail now than after the sampling
-            open(probe, "ab").close()
-            os.remove(probe)
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError, AssertionError) as error:
-        p.error(str(error).splitlines()[0])
+        check_outputs(*filter(None, [args.json, args.plot]), inputs=[*args.checkpoints, *filter(None, [args.data])])
     return args
 
 
-def evaluate(model, problem_rows, args, rank=0, world=1, progress=None):
+def read_checkpoint(path):
+    """-> (path, model, checkpoint). Raises ValueError with a line for the user."""
+    checkpoint = load_checkpoint(path)
+    id_ops, counts = checkpoint.get("id_ops"), [checkpoint.get("step"), checkpoint.get("problems")]
+    if not (isinstance(id_ops, list) and len(id_ops) == 2 and all(isinstance(n, int) for n in id_ops + counts)):
+        raise ValueError(f"{path} does not say how it was trained (id_ops, step, problems)")
+    if checkpoint.get("recipe", {}).get("vocabulary", data.VOCABULARY) != data.VOCABULARY:
+        raise ValueError(f"{path} was trained with other tokens: data.py has changed since, so train anew")
+    return path, build_model(checkpoint, path), checkpoint
+
+
+def problems_of(args):
+    """{op: rows} of --data, or fresh ones of the eval split. Raises ValueError with a line for the user."""
+    if not args.data:
+        law, ops = data.distractor_law(args.distractors), data.parse_ops(args.ops or f"2-{min(2 * args.id_ops[1], data.MAX_OP)}")
+        return {op: [data.make_row(i, data.parse_mixture(f"{args.context}:{op}"), args.seed, "eval", law)
+                     for i in range(args.problems)] for op in ops}
+    rows = [r for r in data.read_rows(args.data)
+            if args.context in ("all", data.TEMPLATE_TO_CONTEXT.get(r["template"], r["template"]))]
+    for n, row in enumerate(rows, 1):
+        try:
+            verify(row["solution"], "")
+        except ValueError as error:
+            raise ValueError(f"{args.data} row {n}: {error}") from None
+    ops = {r["op"] for r in rows} & set(data.parse_ops(args.ops)) if args.ops else {r["op"] for r in rows}
+    if not ops:
+        raise ValueError(f"{args.data} has no rows with op {args.ops or 'of any size'}, context {args.context}")
+    return {op: [r for r in rows if r["op"] == op][:args.problems] for op in sorted(ops)}
+
+
+def evaluate(model, problem_rows, args, device, precision, progress=None):
     """Sample n solutions for every problem and verify them.
 
-    Returns a list of records, one a problem: op, i (its number among those of its op), context, distractors (how many),
-    right ({verdict: how many of n}), errors ({kind: in how many samples}), hacked (right answer, wrong process), truncated, and
-    the text of the first sample.
+    Returns a list of records, one for each problem of this rank: op, i (its number among those of its op), context, distractors
+    (how many), right ({verdict: how many of n}), errors ({name of an error: in how many samples}), hacked (right answer, wrong
+    process), truncated, and the text of the first sample.
     """
-    enc = data.tokenizer()
+    enc, buffers, records = data.tokenizer(), {}, []
     stop = enc.encode_single_token(data.END)
-    generator, buffers = torch.Generator(args.device).manual_seed(args.seed + rank), {}
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if args.device.startswith("cuda") else \
-        torch.cpu._is_avx512_bf16_supported()
-    precision = torch.autocast(torch.device(args.device).type, torch.bfloat16) if fast else nullcontext()
-    records = []
+    generator = torch.Generator(device).manual_seed(args.seed + rank())
     for op, rows in problem_rows.items():
-        rows = rows[rank::world]
+        rows = rows[rank()::n_ranks()]
         if not rows:
             continue
         encoded = [data.encode_row(enc, row) for row in rows]
@@ -192,15 +175,12 @@ def evaluate(model, problem_rows, args, rank=0, world=1, progress=None):
             mine = tokens[j * args.n:(j + 1) * args.n]
             texts = [data.decode(enc, ids) for ids in mine]
             verdicts = [verify(row["solution"], text) for text in texts]
-            errors = {}
-            for verdict in verdicts:
-                for kind in {e.split(":")[0] for e in verdict["errors"]}:
-                    errors[kind] = errors.get(kind, 0) + 1
+            errors = collections.Counter(name for v in verdicts for name in {e.split(":")[0] for e in v["errors"]})
             needed = row["solution"].count("Define ") - row["solution"].count("Define total ")
             records.append(dict(
-                op=op, i=rank + j * world, context=data.TEMPLATE_TO_CONTEXT.get(row["template"], row["template"]),
-                distractors=row["problem"].count(" equals ") - needed,
-                right={v: sum(verdict[v] for verdict in verdicts) for v in VERDICTS}, errors=errors,
+                op=op, i=rank() + j * n_ranks(), context=data.TEMPLATE_TO_CONTEXT.get(row["template"], row["template"]),
+                distractors=row["problem"].count(" equals ") - needed, errors=errors,
+                right={name: sum(verdict[name] for verdict in verdicts) for name in VERDICTS},
                 hacked=sum(v["outcome"] and not v["verified"] for v in verdicts),
                 truncated=sum(stop not in ids for ids in mine), row=row, text=texts[0]))
     return records
@@ -230,8 +210,8 @@ def summarize(records, args):
                                 for g in dict.fromkeys(map(group, records))},
                    hacked=sum(r["hacked"] for r in records) / max(1, sum(r["right"]["outcome"] for r in records)),
                    truncated=sum(r["truncated"] for r in records) / samples,
-                   errors={kind: sum(r["errors"].get(kind, 0) for r in records) / samples
-                           for kind in sorted({k for r in records for k in r["errors"]})})
+                   errors={name: sum(r["errors"].get(name, 0) for r in records) / samples
+                           for name in sorted({e for r in records for e in r["errors"]})})
     first, last = f"pass@{args.k[0]}", f"pass@{args.k[-1]}"
     edge = [int(op) for op, v in summary["ops"].items() if v["verified"][first] < 0.5 and v["verified"][last] >= 0.05]
     summary["edge"] = [min(edge), max(edge)] if edge else None
@@ -321,46 +301,53 @@ def plot(results, args):
     figure.savefig(args.plot, dpi=150)
 
 
+def report(results, args):
+    """Print what the table does not say: for each checkpoint its edge, the effect of distractors, and what went wrong."""
+    first = f"pass@{args.k[0]}"
+    for path, r in results.items():
+        bins = sorted({b for by_number in r["distractors"].values() for b in by_number})
+        common = sorted(r["errors"].items(), key=lambda e: -e[1])[:4]
+        print(f"{path}\n  edge (verified {first} below 0.5, pass@{args.k[-1]} at least 0.05): "
+              + (f"op {r['edge'][0]}-{r['edge'][1]}" if r["edge"] else "none")
+              + f"\n  verified {first} with {', '.join(bins)} distractors: " + "; ".join(f"{group} " + " ".join(
+                  f"{by_number[b]['verified'][first]:.2f}" if b in by_number else "-" for b in bins)
+                  for group, by_number in r["distractors"].items())
+              + f"\n  right answer by wrong reasoning: {100 * r['hacked']:.1f} % of the right answers; cut off: "
+              f"{100 * r['truncated']:.1f} %\n  most frequent errors, in % of the samples: "
+              + (", ".join(f"{name} {100 * part:.0f}" for name, part in common) or "none"))
+
+
 def main():
     args = arguments()
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    device, precision = set_up(args)
     if args.plot and not importlib.util.find_spec("matplotlib"):
-        if rank == 0:
-            print("--plot needs matplotlib (pip install matplotlib): there will be no figure", flush=True)
+        say("--plot needs matplotlib (pip install matplotlib): there will be no figure")
         args.plot = None
     n_problems = sum(map(len, args.problem_rows.values()))
-    if rank == 0:
-        what = f"problems of {args.data}" if args.data else "held-out problems"
-        print(f"{n_problems} {what}, op {min(args.problem_rows)}-{max(args.problem_rows)}, {args.n} samples each at "
-              f"temperature {args.temperature:g}, for {len(args.loaded)} checkpoint(s) on {args.device}", flush=True)
+    what = f"problems of {args.data}" if args.data else "held-out problems"
+    say(f"{n_problems} {what}, op {min(args.problem_rows)}-{max(args.problem_rows)}, {args.n} samples each at temperature "
+        f"{args.temperature:g}, for {len(args.loaded)} checkpoint(s) on {args.device}")
     results, all_records = {}, []
     for path, model, checkpoint in args.loaded:
-        model.to(args.device)
-        bar = tqdm(total=-(-n_problems // world) * args.n, desc=path, unit=" samples", disable=None if rank == 0 else True)
-        records = evaluate(model, args.problem_rows, args, rank, world, lambda finished: bar.update(len(finished)))
-        bar.close()
-        if world > 1:
-            parts = [None] * world
-            dist.all_gather_object(parts, records)
-            records = sorted((r for part in parts for r in part), key=lambda r: r["op"])
-        results[path] = summarize(records, args) | {
-            "stage": checkpoint["stage"], "step": checkpoint["step"], "problems": checkpoint["problems"]}
+        done = []
+
+        def progress(finished):
+            done.extend(finished)
+            bar.update(len(done) * n_ranks() / (n_problems * args.n), path)
+
+        with Progress() as bar:
+            records = evaluate(model.to(device), args.problem_rows, args, device, precision, progress)
+        records = sorted(gather(records), key=lambda r: r["op"])
+        results[path] = summarize(records, args) | {name: checkpoint[name] for name in ("stage", "step", "problems")}
         if all_records:
             results[path]["against_first"] = differences(records, all_records[0], args)
         if len(all_records) > 1:
             results[path]["against_previous"] = differences(records, all_records[-1], args)
         all_records.append(records)
-        if rank == 0 and args.show:
+        if rank() == 0 and args.show:
             print(f"\n{path}")
             show(records, args.show)
-    if world > 1:
-        dist.destroy_process_group()
-    if rank:
+    if rank():
         return
 
     settings = {k: getattr(args, k) for k in "n k problems temperature distractors seed context data id_ops".split()}
@@ -369,18 +356,7 @@ def main():
         json.dump({"checkpoints": results, "settings": settings}, f, indent=1)
     os.replace(f"{json_file}.part", json_file)
     print("\n" + table(results, args) + "\n")
-    first = f"pass@{args.k[0]}"
-    for name, r in results.items():
-        bins = sorted({b for by_number in r["distractors"].values() for b in by_number})
-        common = sorted(r["errors"].items(), key=lambda e: -e[1])[:4]
-        print(f"{name}\n  edge (verified {first} below 0.5, pass@{args.k[-1]} at least 0.05): "
-              + (f"op {r['edge'][0]}-{r['edge'][1]}" if r["edge"] else "none")
-              + f"\n  verified {first} with {', '.join(bins)} distractors: " + "; ".join(f"{group} " + " ".join(
-                  f"{by_number[b]['verified'][first]:.2f}" if b in by_number else "-" for b in bins)
-                  for group, by_number in r["distractors"].items())
-              + f"\n  right answer by wrong reasoning: {100 * r['hacked']:.1f} % of the right answers; cut off: "
-              f"{100 * r['truncated']:.1f} %\n  most frequent errors, in % of the samples: "
-              + (", ".join(f"{kind} {100 * share:.0f}" for kind, share in common) or "none"))
+    report(results, args)
     print(f"numbers: {args.json}")
     if args.plot:
         plot(results, args)
@@ -388,9 +364,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError as error:  # a full disk, say
-        sys.exit(f"{error}")
+    run_script(main)

@@ -9,16 +9,25 @@ there and back by renaming (`to_hf`, `from_hf`), and `python model.py CKPT --to-
 Letters in shape comments: B rows, T tokens, C width, H heads, G key-value heads, D width of a head.
 """
 import argparse
+import itertools
 import json
 import math
 import os
-from contextlib import suppress
+import signal
+import sys
+import threading
+import time
+import uuid
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from multiprocessing import parent_process
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
+from tqdm import tqdm
 
 # torch prefers cuDNN's attention on Hopper devices, which plans anew for every shape; flash attention takes any
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -260,11 +269,12 @@ class Transformer(nn.Module):
         return 6 * self.n_params() + 6 * c.n_layers * c.width * T  # a token attends to T / 2 others in the mean
 
 
-def peak_flops(device_name):
-    """Peak of bfloat16 matrix products without sparsity, operations/s, as the makers state it; None where not known."""
+def peak_flops(device):
+    """Peak of bfloat16 matrix products without sparsity, operations/s, as the makers state it; 0 where not known."""
     peaks = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
              "RTX 4090": 165e12}
-    return next((peak for name, peak in peaks.items() if name in device_name), None)
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
+    return next((peak for part, peak in peaks.items() if part in name), 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -531,20 +541,6 @@ def save_checkpoint(path, checkpoint):
         raise OSError(f"{path} could not be written (is the disk full?); nothing was changed there: {error}") from None
 
 
-def keep_metrics(path, step):
-    """Leave only the rows up to `step` in a JSONL file: a killed run wrote some past its last checkpoint, or a part of one, and
-    the resumed run writes them again."""
-    kept = []
-    if step and os.path.exists(path):
-        with open(path, errors="replace") as f:
-            for row in f.read().splitlines():
-                with suppress(ValueError, KeyError, TypeError):
-                    kept += [row + "\n"] if json.loads(row)["step"] <= step else []
-    with open(f"{path}.part", "w") as f:
-        f.writelines(kept)
-    os.replace(f"{path}.part", path)
-
-
 def load_checkpoint(path):
     """Read a checkpoint of ours; nothing in it is executed. Raises ValueError with a line for the user."""
     try:
@@ -627,6 +623,438 @@ def main():
     except (ValueError, OSError) as error:
         p.error(str(error))
     print(f"wrote {args.to_hf}; the tokenizer is data.tokenizer()")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What every stage needs around its algorithm, and no reader comes for: arguments, device and precision, ranks, optimizers,
+# the files of a run, interrupts, progress.
+
+
+def at_least(low, up_to=2 ** 62):
+    """An argparse type: a number from `low` to `up_to`, an int if `low` is one. argparse refuses all else in one line."""
+    def number(text):
+        value = type(low)(text)
+        if not low <= value <= up_to:  # nan, too
+            high = f"and at most {up_to:g}" if up_to < 2 ** 62 else "and not huge"
+            raise argparse.ArgumentTypeError(f"must be at least {low:g} {high}, got {text}")
+        return value
+    return number
+
+
+def stage_parser(doc, presets, out):
+    """The argument parser of a stage, with the options that every stage has. The stage adds its own."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                usage="%(prog)s [options]    (--help lists them)")
+    p.add_argument("--preset", choices=presets, help="settings that suit a size of model (default: as --init had; in pretrain.py "
+                   "100m with CUDA, else tiny)")
+    p.add_argument("--out", default=out, help=f"checkpoint to write (default {out}); metrics go beside it, as .jsonl")
+    p.add_argument("--resume", action="store_true", help="continue from --out; the result is that of one long run")
+    p.add_argument("--seed", type=at_least(0), default=0, help="of all that is random (default 0)")
+    g = p.add_argument_group("running")
+    g.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
+    g.add_argument("--dtype", choices=["bfloat16", "float32"], help="of matrix products (default: bfloat16 where it is fast)")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the layers, and pack sequences end to "
+                   "end, without padding (default: with CUDA and bfloat16)")
+    g.add_argument("--micro-tokens", type=at_least(1), help="tokens in one forward pass; gradients of several add up")
+    g.add_argument("--workers", type=at_least(0), help="processes that make problems; in grpo.py, that verify solutions")
+    g.add_argument("--log-every", type=at_least(1), help="steps between rows of metrics")
+    g.add_argument("--eval-every", type=at_least(1), help="steps between evaluations on held-out problems")
+    g.add_argument("--save-every", type=at_least(1), help="steps between checkpoints")
+    return p
+
+
+def add_training_options(p):
+    """The options of next-token prediction, which pretrain.py and midtrain.py share."""
+    g = p.add_argument_group("next-token prediction (defaults from the preset)")
+    g.add_argument("--loss", choices=["all", "solution"], help="tokens with a loss: all, or what follows the prompt")
+    g.add_argument("--steps", type=at_least(1), help="optimizer steps")
+    g.add_argument("--batch", type=at_least(1), help="problems per step, over all ranks")
+    g.add_argument("--lr", type=at_least(0.0), help="peak learning rate")
+    g.add_argument("--min-lr", type=at_least(0.0), help="learning rate at the end of the cosine")
+    g.add_argument("--warmup", type=at_least(0.0, up_to=0.99), help="share of the steps over which the learning rate rises")
+    g.add_argument("--weight-decay", type=at_least(0.0))
+    g.add_argument("--clip", type=at_least(1e-6), dest="grad_clip", help="largest norm of the gradient")
+    g.add_argument("--optimizer", choices=["adamw", "muon"], help="muon: for the matrices of the layers, adamw for the rest")
+    g.add_argument("--momentum", type=at_least(0.0, up_to=0.99), help="of muon")
+    g.add_argument("--show", type=at_least(0), default=2, help="held-out problems to print at the end (default 2)")
+
+
+@contextmanager
+def one_line_errors(parser):
+    """Turns what is wrong with the input into argparse's one line and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:
+        parser.error(str(error).splitlines()[0])
+
+
+def fast_bfloat16(device):
+    """Whether the device has matrix products in bfloat16 that are faster than those in float32."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def choose_device(args):
+    """Fills in --device, --dtype and --compile where they were not given. Raises an error if there is no such device."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.empty(0, device=args.device)
+    cuda = args.device.startswith("cuda")
+    args.dtype = args.dtype or ("bfloat16" if fast_bfloat16(args.device) else "float32")
+    if args.compile is None:
+        args.compile = cuda and args.dtype == "bfloat16"
+    if args.compile and cuda and args.dtype != "bfloat16":
+        raise ValueError("--compile needs --dtype bfloat16 on CUDA: attention within packed problems has no float32 kernel")
+
+
+def fill_from_preset(args, preset):
+    """Gives each setting that was not set by an option its value from the preset."""
+    if not args.device.startswith("cuda"):  # memory: with the 100m model 32768 tokens a pass take 18 GB, 4096 take 6
+        preset = preset | dict(micro_tokens=min(4096, preset["micro_tokens"]))
+    for name, value in preset.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+
+
+def set_up(args):
+    """Joins the ranks, if torchrun started several, and seeds torch. Returns this rank's device and the autocast context in which
+    its model computes."""
+    device = args.device
+    if n_ranks() > 1:
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(args.seed)
+    return device, torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+# Ranks: the processes of one run. torchrun tells each its number by environment variables. In a single process all of these
+# do nothing.
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def n_ranks():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(*text):
+    """Print, once and not on every rank, and above a bar of `Progress`."""
+    if rank() == 0:
+        tqdm.write(" ".join(map(str, text)))
+        sys.stdout.flush()
+
+
+def sum_over_ranks(tensor):
+    """Add up a tensor over the ranks, in place, and return it."""
+    if n_ranks() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_gradients_over_ranks(model):
+    if n_ranks() > 1:
+        parameters = list(model.parameters())
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        summed = sum_over_ranks(torch.cat([g.flatten() for g in gradients]))
+        for p, g in zip(parameters, summed.split([p.numel() for p in parameters])):
+            p.grad = g.view_as(p)
+
+
+def gather(items):
+    """The lists of all ranks, joined."""
+    if n_ranks() == 1:
+        return items
+    parts = [None] * n_ranks()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def any_rank(flag, device):
+    """Whether the flag is set on any rank. With several ranks this waits for the device."""
+    return bool(flag) if n_ranks() == 1 else bool(sum_over_ranks(torch.tensor(float(bool(flag)), device=device)))
+
+
+# Training
+
+def make_optimizers(model, lr, weight_decay, muon_momentum=None):
+    """[AdamW] for all parameters or, with muon_momentum, [AdamW, Muon]: Muon for the matrices of the layers.
+
+    Biases and the weights of norms have no weight decay. Muon's steps are scaled so that one learning rate and weight decay suit
+    both (arXiv 2502.16982).
+    """
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    decay = [model.embed_tokens.weight] + (matrices if muon_momentum is None else [])
+    no_decay = [p for p in model.parameters() if p.ndim < 2]
+    optimizers = [torch.optim.AdamW([dict(params=decay), dict(params=no_decay, weight_decay=0.0)], lr=lr, betas=(0.9, 0.95),
+                                    weight_decay=weight_decay, fused=True)]
+    if muon_momentum is not None:
+        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=muon_momentum,
+                                           adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def compile_layers(*models):
+    """torch.compile, one layer at a time: all layers share a program for each shape, and packing has few shapes (data.pack)."""
+    torch._dynamo.config.recompile_limit = 64
+    for model in models:
+        for layer in model.layers:
+            layer.compile(dynamic=False)
+
+
+def to_device(batch, device):
+    """Arrays and tensors of a batch to the device; numbers stay as they are. On CUDA nothing waits for the copy."""
+    def move(a):
+        if isinstance(a, int):
+            return a
+        a = torch.as_tensor(a)
+        if torch.device(device).type == "cuda" and not a.is_pinned():
+            a = a.pin_memory()
+        return a.to(device, non_blocking=True)
+    return [move(a) for a in batch]
+
+
+def step_batches(steps, first, last, n_workers, device):
+    """An iterator over steps first ... last - 1 of data.TrainingSteps. Worker processes make them ahead of time.
+
+    A step is its micro-batches, as tensors, and a tensor with the numbers of targets and of tokens in them.
+    """
+    def collate(micro_batches):
+        counts = torch.tensor([[(y != -100).sum(), (x != 0).sum()] for x, y, *_ in micro_batches] or [[0, 0]]).sum(0)
+        return [[a if isinstance(a, int) else torch.as_tensor(a) for a in batch] for batch in micro_batches], counts
+
+    return iter(torch.utils.data.DataLoader(
+        steps, batch_size=None, sampler=range(first, last), num_workers=n_workers, collate_fn=collate,
+        pin_memory=torch.device(device).type == "cuda", worker_init_fn=become_worker,
+        generator=torch.Generator()))  # a private generator, so that it does not advance the global one
+
+
+def become_worker(*_):
+    """What a worker process does first: it leaves signals to the run itself, which then saves, and ends with the run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+@torch.no_grad()
+def mean_loss(model, micro_batches, counts, device, precision):
+    """The mean loss of a step of `step_batches`, in nats for each target token."""
+    with precision:
+        return sum(float(model.loss(*to_device(batch, device))) for batch in micro_batches) / max(1, int(counts[0]))
+
+
+def say_expected_time(run, probes, n_steps):
+    """Time run(probe) for some steps of the run, and print how long n_steps like them will take."""
+    say("measuring how long a step takes")
+    for _ in range(2):  # the first pass warms up
+        began = time.perf_counter()
+        for probe in probes:
+            run(probe)
+    took = (time.perf_counter() - began) / len(probes)
+    # 1.2: for making the problems, the optimizers, held-out losses and checkpoints
+    say(f"expected time: about {took * n_steps * 1.2 / 60:.1f} minutes")
+
+
+# The files of a run
+
+# settings that do not affect the result, so that a resumed run may change them
+NO_MATTER = set("resume out metrics ops id_share eval_json device compile workers log_every eval_every eval_problems "
+                "save_every show".split())
+
+
+def check_outputs(*paths, inputs=()):
+    """Raises ValueError or OSError if a file cannot be written: better now than after the work. Makes the folders."""
+    for path in paths:
+        if path.endswith("/") or os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{path} is no name for a file")
+        if os.path.realpath(path) in map(os.path.realpath, inputs):
+            raise ValueError(f"writing {path} would overwrite an input")
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        probe = f"{path}.{os.getpid()}.part"
+        open(probe, "ab").close()
+        os.remove(probe)
+
+
+def check_run_files(args, inputs=()):
+    """`check_outputs` for a stage: the checkpoint --out and, beside it, the metrics, whose name this sets."""
+    if args.out.endswith(".jsonl"):
+        raise ValueError(f"--out {args.out} is the checkpoint: a name in .jsonl is for the metrics")
+    args.metrics = args.out.removesuffix(".pt") + ".jsonl"
+    check_outputs(args.out, args.metrics, inputs=inputs)
+
+
+def read_start(args, presets, vocabulary):
+    """What midtrain.py and grpo.py start from: the checkpoint --init or, if --resume has something to continue, --out.
+
+    Sets args.preset, if it was not given, and args.init_run, the id of the run that made --init. Returns the checkpoint and its
+    model. Raises ValueError with a line for the user.
+    """
+    path = args.out if args.resume and os.path.exists(args.out) else args.init
+    start = load_checkpoint(path)
+    model, recipe, id_ops = build_model(start, path), start.get("recipe"), start.get("id_ops")
+    if not (isinstance(recipe, dict) and isinstance(recipe.get("preset"), str) and isinstance(id_ops, list) and len(id_ops) == 2
+            and all(type(op) is int for op in id_ops)):
+        raise ValueError(f"{path} does not say how it was trained: it is not a whole checkpoint of a stage")
+    if recipe.get("vocabulary", vocabulary) != vocabulary:
+        raise ValueError(f"{path} was trained with other tokens: data.py has changed since, so train anew")
+    args.preset = args.preset or recipe["preset"]
+    if args.preset not in presets:
+        raise ValueError(f"{path} has preset {args.preset}, which is not in PRESETS here: add it, or give --preset")
+    if path == args.init or os.path.exists(args.init):
+        args.init_run = (start if path == args.init else load_checkpoint(args.init)).get("run")
+    elif args.init == recipe.get("init"):  # it was moved away, and is not needed
+        args.init_run = recipe.get("init_run")
+    else:
+        raise ValueError(f"there is no checkpoint {args.init}, and {args.out} was made from {recipe.get('init')}")
+    return start, model
+
+
+def open_run(parser, args, stage, state, **parts):
+    """Start a run or, with --resume, continue that of --out.
+
+    state: numbers of a run at its start, {"step": 0, ...}; those of the checkpoint replace them. parts: what has a
+    load_state_dict, or a list of such, by its name in the checkpoint. Returns the recipe: the settings that affect the result.
+    --resume refuses a mismatch. Without --resume, old files are kept as .old.
+    """
+    state["run"] = uuid.uuid4().hex  # tells a run from another to the same file
+    recipe = {k: v for k, v in vars(args).items() if k not in NO_MATTER} | {"world": n_ranks()}
+    if args.resume and os.path.exists(args.out):
+        with one_line_errors(parser):
+            checkpoint = load_checkpoint(args.out)
+            if checkpoint["stage"] != stage:
+                raise ValueError(f"{args.out} is a checkpoint of {checkpoint['stage']}, not of {stage}")
+            made_with = checkpoint.get("recipe", {})
+            if made_with.get("init_run") != recipe.get("init_run"):
+                raise ValueError(f"{args.out} was not made from this {args.init}: it is another checkpoint, or was trained anew "
+                                 "since. Start afresh without --resume")
+            for key, value in recipe.items():
+                if key != "init" and made_with.get(key) != value:
+                    raise ValueError(f"{args.out} was made with {key} {made_with.get(key)}, not {value}: resume with the same "
+                                     "arguments, or start afresh without --resume")
+            try:
+                for name, part in parts.items():
+                    pairs = zip(part, checkpoint[name], strict=True) if isinstance(part, list) else [(part, checkpoint[name])]
+                    for module, its_state in pairs:
+                        module.load_state_dict(its_state)
+                state.update({name: checkpoint[name] for name in state})
+                torch.set_rng_state(checkpoint["rng"])
+            except Exception:  # a part is missing or is not what it should be
+                raise ValueError(f"{args.out} is not a whole checkpoint of {stage}: start afresh without --resume") from None
+        say(f"resumed {args.out} at step {state['step']}")
+    elif args.resume:
+        say(f"there is no {args.out} yet: starting at step 0")
+    if rank() == 0:
+        keep_metrics(args.metrics, state["step"]) if args.resume else set_aside(args.out, args.metrics)
+    return recipe
+
+
+def set_aside(*paths):
+    """Rename files that a new run would overwrite to .old, or .old2, .old3, ... where there are such already."""
+    there = [path for path in paths if os.path.exists(path)]
+    suffixes = (".old" + (str(n) if n > 1 else "") for n in itertools.count(1))
+    suffix = next(s for s in suffixes if not any(os.path.exists(path + s) for path in paths))
+    for path in there:
+        os.replace(path, path + suffix)
+        say(f"{path} was there: it is {path}{suffix} now (--resume would have continued it; to go back, rename it)")
+
+
+def keep_metrics(path, step):
+    """Leave only the rows up to `step` in a JSONL file. A killed run wrote some past its last checkpoint, perhaps a part of one,
+    and the resumed run writes them again."""
+    kept = []
+    if step and os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as f:
+            for row in f.read().splitlines():
+                with suppress(ValueError, KeyError, TypeError):
+                    kept += [row + "\n"] if json.loads(row)["step"] <= step else []
+    path = os.path.realpath(path)  # a link stays one
+    with open(f"{path}.part", "w", encoding="utf-8") as f:
+        f.writelines(kept)
+    os.replace(f"{path}.part", path)
+
+
+def write_metrics(path, row):
+    if rank() == 0:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+# Interrupts and progress
+
+@contextmanager
+def noted_interrupts():
+    """Within it, Ctrl-C and SIGTERM only add to the list that it yields, so that the run can save and end. A second Ctrl-C ends
+    at once."""
+    noted = []
+
+    def note(number, _):
+        if number == signal.SIGINT and noted and time.perf_counter() - noted[0] > 1:  # a launcher may pass on the first one
+            raise KeyboardInterrupt
+        noted.append(time.perf_counter())
+        with suppress(OSError):
+            os.write(2, b"\nfinishing the step, then saving; Ctrl-C again ends at once\n" if rank() == 0 else b"")
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """How far a run is, from 0 to 1, and the time left: a bar on a terminal, elsewhere a line every half minute."""
+
+    def __init__(self, done=0.0):
+        self.began, self.start, self.said = time.perf_counter(), done, time.perf_counter()
+        self.bar = tqdm(total=1.0, initial=done, disable=None if rank() == 0 else True, smoothing=0.05,
+                        bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
+
+    def update(self, done, text=""):
+        now = time.perf_counter()
+        if not self.bar.disable:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(min(done, 1.0) - self.bar.n)
+        elif rank() == 0 and now - self.said > 30:
+            left = (now - self.began) * (1 - done) / max(done - self.start, 1e-9)
+            print(f"{100 * done:3.0f} %, about {left / 60:.1f} minutes left, {text}", file=sys.stderr, flush=True)
+            self.said = now
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+
+def give_up(args, step, losses):
+    """End a run whose model is broken: it must not replace a good checkpoint."""
+    say(f"stopped at step {step}: {losses}; try a smaller --lr. {args.out} holds the last good checkpoint, if one was written.")
+    sys.exit(1)
+
+
+def end_if(interrupted, what_now):
+    """End a run that was interrupted, after it has saved, with status 130, so that a shell stops `a && b`, too."""
+    if interrupted:
+        say(f"interrupted: {what_now}")
+        sys.exit(130)
+
+
+def run_script(main):
+    """main() as a command. An interrupt before the first step ends with 130: there is nothing to save, and `a && b` must stop. An
+    error of the system, such as a full disk, ends with one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(str(error))
+    if n_ranks() > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

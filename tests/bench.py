@@ -156,7 +156,7 @@ def bench_train():
         row(f"training tokens/s, op {ops}, bf16", mine, theirs, "theirs: Qwen2ForCausalLM, same shape and problems")
         if DEVICE == "cuda":
             row("  GPU memory at most, with the weights of both, MB", memory / 1e6)
-            if peak := ours.peak_flops(torch.cuda.get_device_name()):
+            if peak := ours.peak_flops(DEVICE):
                 per_token = model.flops_per_token(tokens / problems)
                 row("  share of the device's peak (MFU), %", 100 * mine * per_token / peak, 100 * theirs * per_token / peak)
 

@@ -122,6 +122,11 @@ def _in_child(cwd, script, arguments, rank, env, record, send):
             Path(f".calls{rank}").write_bytes(pickle.dumps(calls))
 
 
+def plain(x):
+    """A list of named tuples as one of tuples: the classes of a script that runs as __main__ cannot be pickled."""
+    return [tuple(item) if isinstance(item, tuple) else item for item in x] if type(x) is list else x
+
+
 def _note_calls(module, name, calls):
     """Replace a function of a module by one that also puts its arguments, as they were before, and its result in a list."""
     module = importlib.import_module(module)
@@ -130,7 +135,7 @@ def _note_calls(module, name, calls):
     def noting(*args, **kwargs):
         bound = inspect.signature(function).bind(*args, **kwargs)
         bound.apply_defaults()
-        before = pickle.dumps({k: v.get_state() if isinstance(v, torch.Generator) else v
+        before = pickle.dumps({k: v.get_state() if isinstance(v, torch.Generator) else plain(v)
                                for k, v in bound.arguments.items() if not callable(v) or isinstance(v, torch.nn.Module)})
         result = function(*args, **kwargs)
         calls.append((pickle.loads(before), result))
@@ -176,7 +181,7 @@ def assert_compiled_where_there_is_bfloat16(stage, argv, monkeypatch, pretend_cu
     for bfloat16, expected in (True, ("cuda", "bfloat16", True)), (False, ("cuda", "float32", False)):
         pretend_cuda(bfloat16)
         monkeypatch.setattr("sys.argv", argv)
-        _, args = stage.arguments()
+        _, args, *_ = stage.arguments()
         assert (args.device, args.dtype, args.compile) == expected
     monkeypatch.setattr("sys.argv", [*argv, "--compile"])
     with pytest.raises(SystemExit, match="2"):

@@ -27,7 +27,7 @@ STAGES = {  # every one saves several times, in and out of step with its evaluat
     "grpo": "--device cpu --prompts 4 --rollouts 4 --steps 14 --save-every 3 --eval-every 8 --eval-problems 4 --max-new 64 "
             "--curriculum --reward process --reward-noise 0.3 --kl 0.05",
 }
-TIMES = {"seconds", "tokens_per_s", "problems_per_s", "waiting", "rollout_s", "verify_s", "update_s"}
+TIMES = {"seconds", "run", "tokens_per_s", "problems_per_s", "waiting", "rollout_s", "verify_s", "update_s"}
 
 
 def final(folder, stage):

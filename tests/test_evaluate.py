@@ -11,6 +11,7 @@ import math
 import os
 import re
 import types
+from contextlib import nullcontext
 from fractions import Fraction
 
 import numpy as np
@@ -159,7 +160,7 @@ def assert_numbers(numbers, ops):
 
 
 def test_the_report_on_known_answers(known):
-    records = evaluate.evaluate(None, known.problems, known.args)
+    records = evaluate.evaluate(None, known.problems, known.args, "cpu", nullcontext())
     assert [r["op"] for r in records] == [op for op in PLAN for _ in range(3)]
     assert [r["right"]["verified"] for r in records] == counts(1, PLAN)
     assert [r["row"] for r in records] == [row for rows in known.problems.values() for row in rows]
@@ -189,13 +190,18 @@ def test_the_report_on_known_answers(known):
 
 def test_where_nothing_is_possible_there_is_no_edge(known):
     for ops, edge in (([17], None), ([3], None), ([3, 13, 17], [13, 13])):
-        records = evaluate.evaluate(None, {op: known.problems[op] for op in ops}, known.args)
+        records = evaluate.evaluate(None, {op: known.problems[op] for op in ops}, known.args, "cpu", nullcontext())
         assert evaluate.summarize(records, known.args)["edge"] == edge
 
 
-def test_ranks_share_the_problems_and_draw_differently(known):
-    whole = evaluate.evaluate(None, known.problems, known.args)
-    parts = [evaluate.evaluate(None, known.problems, known.args, rank, 4) for rank in range(4)]
+def test_ranks_share_the_problems_and_draw_differently(known, monkeypatch):
+    def of_rank(known, rank, n_ranks):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(n_ranks))
+        return evaluate.evaluate(None, known.problems, known.args, "cpu", nullcontext())
+
+    whole = evaluate.evaluate(None, known.problems, known.args, "cpu", nullcontext())
+    parts = [of_rank(known, rank, 4) for rank in range(4)]
     assert [len(part) for part in parts] == [4, 4, 4, 0]
 
     def key(r):
@@ -210,7 +216,7 @@ def test_ranks_share_the_problems_and_draw_differently(known):
 def test_distractors_are_counted(known, monkeypatch):
     rows = [data.make_row(i, data.parse_mixture("school:3"), 0, "eval", data.distractor_law(4)) for i in range(20)]
     monkeypatch.setattr(evaluate, "sample", lambda model, prompts, *args, **more: ([[STOP]] * 4 * len(prompts), None))
-    records = evaluate.evaluate(None, {3: rows}, known.args)
+    records = evaluate.evaluate(None, {3: rows}, known.args, "cpu", nullcontext())
     for record, row in zip(records, rows):
         instances = re.findall(r"The number of (.+?) equals", row["problem"])
         needed = re.findall(r"Define (.+?) as", row["solution"])
@@ -220,7 +226,7 @@ def test_distractors_are_counted(known, monkeypatch):
 
 
 def test_show_marks_steps(known, capsys):
-    records = evaluate.evaluate(None, {op: known.problems[op][:1] for op in PLAN}, known.args)  # first samples:
+    records = evaluate.evaluate(None, {op: known.problems[op][:1] for op in PLAN}, known.args, "cpu", nullcontext())  # first samples:
     evaluate.show(records, 4)                                                                   # right, right, cut, lucky
     parts = capsys.readouterr().out.split("\n--- ")[1:]
     assert [part.splitlines()[0] for part in parts] == ["zoo, op 3", "zoo, op 12", "zoo, op 13", "zoo, op 17"]
@@ -356,7 +362,7 @@ def test_two_ranks_do_the_work_of_one(trained):
 
 BAD = [  # arguments, words in the last line
     ("missing.pt", "missing.pt"), ("a.pt missing.pt", "missing.pt"), ("folder", "folder"), ("text.pt", "text.pt"),
-    ("cut.pt", "cut.pt"), ("a.pt --n 2 --k 4", "pass@4"), ("a.pt --k 0", "pass@0"), ("a.pt --k x", "x"),
+    ("cut.pt", "cut.pt"), ("a.pt --n 2 --k 4", "pass@4"), ("a.pt --k 0", "--k"), ("a.pt --k x", "x"),
     ("a.pt --k 1,,2", "1,,2"),
     ("a.pt --n 0", "--n"), ("a.pt --n -3", "--n"), ("a.pt --problems 0", "--problems"), ("a.pt --rows 0", "--rows"),
     ("a.pt --show -1", "--show"), ("a.pt --temperature -1", "--temperature"), ("a.pt --temperature nan", "--temperature"),
@@ -370,7 +376,7 @@ BAD = [  # arguments, words in the last line
     ("a.pt --data bytes.jsonl", "bytes.jsonl"), ("a.pt --data other.jsonl", "other.jsonl"),
     ("a.pt --data unsolved.jsonl", "unsolved.jsonl"), ("a.pt --data op.jsonl", "op.jsonl"),
     ("a.pt --data rows.jsonl --ops 7", "7"), ("a.pt --data rows.jsonl --context movie", "movie"),
-    ("a.pt --data rows.jsonl --json rows.jsonl", "replace"), ("a.pt --json a.pt", "replace"), ("a.pt --json=", "--json"), ("tokens.pt", "tokens"), ("a.pt --nope", "--nope"),
+    ("a.pt --data rows.jsonl --json rows.jsonl", "overwrite"), ("a.pt --json a.pt", "overwrite"), ("a.pt --json=", "--json"), ("tokens.pt", "tokens"), ("a.pt --nope", "--nope"),
 ]
 
 

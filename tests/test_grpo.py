@@ -677,7 +677,7 @@ def test_by_default_problems_are_of_the_edge_and_some_of_the_range_of_pretrainin
 def test_the_mixture(tmp_path, untrained, monkeypatch, arguments, expected):
     paths = ["--init", str(untrained), "--out", str(tmp_path / "a.pt")]
     monkeypatch.setattr("sys.argv", ["grpo.py", *paths, *arguments.split()])
-    _, args = G.arguments()
+    _, args, *_ = G.arguments()
     assert shares_of({"recipe": {"mix": args.mix}}) == pytest.approx(expected)
 
 
@@ -762,7 +762,7 @@ def assert_same_run(folder, whole):
     """Two runs ended alike, bit for bit, but for the time they took."""
     a, b = load_checkpoint(folder / "a.pt"), load_checkpoint(whole / "a.pt")
     assert a.keys() == b.keys() and b["optimizer"]["state"]
-    for key in b.keys() - {"seconds"}:
+    for key in b.keys() - {"seconds", "run"}:
         assert same(a[key], b[key]), key
     rows, rows_whole = metrics(folder / "a.jsonl"), metrics(whole / "a.jsonl")
     assert [row["step"] for row in rows] == list(range(1, len(rows_whole) + 1))
@@ -829,7 +829,7 @@ def test_resuming_after_the_stage_before_was_run_again_is_refused(tmp_path, init
     checkpoint = load_checkpoint(tmp_path / "a.pt")
     checkpoint["recipe"]["init"] = "init.pt"
     save_checkpoint(tmp_path / "a.pt", checkpoint)
-    save_checkpoint(tmp_path / "init.pt", {**load_checkpoint(init), "seconds": 12.5})
+    save_checkpoint(tmp_path / "init.pt", {**load_checkpoint(init), "run": "another"})
     assert_refused(grpo(tmp_path, "init.pt", *SIX, "--resume"), "init.pt", "anew")
 
 

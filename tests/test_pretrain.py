@@ -190,17 +190,17 @@ def killed_twice(tmp_path_factory):
     with open(folder / "a.jsonl", "a") as f:
         f.write('{"step": 9, "los')  # killed in the middle of a line
     result = pretrain(folder, *TWELVE, "--resume", send=(signal.SIGKILL, 3))
-    assert result.code == -signal.SIGKILL and "at step 6 of 12" in result.out
+    assert result.code == -signal.SIGKILL and "at step 6\n" in result.out
     assert load_checkpoint(folder / "a.pt")["step"] == 10
     result = pretrain(folder, *TWELVE, "--resume")
-    assert result.code == 0 and "at step 10 of 12" in result.out
+    assert result.code == 0 and "at step 10\n" in result.out
     return folder
 
 
 def assert_same_run(folder, whole):
     """Two runs ended alike, bit for bit, but for the time they took."""
     a, b = load_checkpoint(folder / "a.pt"), load_checkpoint(whole / "a.pt")
-    for key in b.keys() - {"seconds", "rng"}:
+    for key in b.keys() - {"seconds", "rng", "run"}:
         assert same(a[key], b[key]), key
     assert len(b["optimizers"]) == 2 and all(o["state"] for o in b["optimizers"])
     rows, rows_whole = metrics(folder / "a.jsonl"), metrics(whole / "a.jsonl")
@@ -243,7 +243,7 @@ def test_an_interrupted_run_saves_and_resumes_exactly(tmp_path, whole, number):
     step = load_checkpoint(tmp_path / "a.pt")["step"]
     assert step in (4, 5)
     result = pretrain(tmp_path, *TWELVE, "--resume")
-    assert result.code == 0 and f"at step {step} of 12" in result.out
+    assert result.code == 0 and f"at step {step}\n" in result.out
     assert_same_run(tmp_path, whole)
 
 
