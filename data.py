@@ -1,11 +1,11 @@
 """
-Synthetic reasoning problems whose every step can be checked, as text and as tokens.
+Synthetic reasoning problems whose every step can be checked: graphs, texts, tokens, batches.
 
-A problem is a small graph of named quantities. KIND in PLACE is an *instance* ("adult fox in Maple Creek"): the text
-has one sentence that says how it follows from others. TOTAL in PLACE is the sum over all kinds that the text mentions
-for that place, and has no sentence of its own. The question asks for one quantity; the solution computes what is
-needed for it, step by step. The format is that of GSM-Infinite (arXiv 2502.05252; zero context, medium, forward mode)
-as used by arXiv 2512.07783:
+A problem is a small graph of named quantities. KIND in PLACE is an *instance* ("adult fox in Maple Creek"): one sentence
+of the text says how to compute it from other quantities. TOTAL in PLACE is the sum of all kinds that the text mentions for
+that place. It has no sentence of its own. The question asks for one quantity, and the solution computes what this
+quantity needs, one step at a time. The format is that of GSM-Infinite (arXiv 2502.05252; zero context, medium, forward
+mode), as used by arXiv 2512.07783:
 
     problem  = { sentence ". " }                                   in random order
     sentence = "The number of " KIND " in " PLACE " equals " value
@@ -18,11 +18,11 @@ as used by arXiv 2512.07783:
 
 op, the difficulty, is the number of Define steps plus the number of operators written with letters.
 
-Problem i of a mixture is a pure function of (seed, i): any worker can make it, in any order, and training resumes at i.
-A hash of the reasoning chain decides whether a problem belongs to the train or the eval split (see `split_of_chain`).
+Problem i of a mixture is a pure function of (seed, i). So any worker can make any problem, and training can resume at any
+i. A hash of the reasoning chain puts each problem into the train split or the eval split (`split_of_chain`).
 
-    python data.py --ops 5 --n 1                             show a problem
-    python data.py --ops 2-10 --n 1000 --out rows.jsonl      write rows in the public data set's format
+    python data.py --ops 5 --n 1                             show one problem
+    python data.py --ops 2-10 --n 1000 --out rows.jsonl      write rows in the format of the public data
 """
 import argparse
 import hashlib
@@ -40,7 +40,7 @@ import numpy as np
 import tiktoken
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the three contexts: short name -> template of the public data, what a TOTAL is called, kinds, places
+# the three contexts: short name -> template name of the public data, the word for a TOTAL, kinds, places
 
 CONTEXTS = {
     "zoo": dict(
@@ -66,140 +66,139 @@ CONTEXTS = {
 TEMPLATE_TO_CONTEXT = {c["template"]: name for name, c in CONTEXTS.items()}
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-MIN_OP, MAX_OP = 2, 30  # past 30 the five places by five kinds of a problem get too crowded
+MIN_OP, MAX_OP = 2, 30  # larger problems run out of names
 MAX_VALUE = 1000
-GRID = 5                # a problem uses at most 5 places and 5 kinds
-TOTAL = GRID            # entity = place * (GRID + 1) + kind; the kind after the last stands for the place's TOTAL
-EVAL_SHARE = 10         # one reasoning chain in ten is held out
+GRID = 5                # a problem has GRID places and GRID kinds
+TOTAL = GRID            # the column of the TOTAL of a place, after those of the kinds
+COLUMNS = GRID + 1      # entity = place * COLUMNS + column
+EVAL_SHARE = 10         # one reasoning chain in EVAL_SHARE is held out
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the reasoning graph: who depends on whom, with exactly `op` operations
+# the reasoning graph: which quantity depends on which, with exactly `op` operations
 
-# Chosen so that the means of steps and depth follow the public data over op 2-20 (tests/test_data.py holds the table).
+# These numbers bring the mean number of steps and the mean depth close to the public data for op 2-20. The table is in
+# tests/test_data.py.
 P_ASK_TOTAL = 0.8              # the question asks for a TOTAL
-P_TOTAL = 0.54                 # a new parent is the TOTAL of a place rather than an instance
-P_LEAF, P_LEAF_LATE = 0.02, 0.5  # a waiting node stays a leaf: while op is not yet spent, and afterwards
-P_NEW_FIRST, P_NEW_MORE = 0.18, 0.1  # a parent is a new node rather than one that waits already
-P_LITERAL = 0.72               # "INT plus expr" or "INT times expr" rather than "expr", where op allows it
-P_NEWEST = 0.85                # expand the newest waiting node (makes the graph deep) rather than any
+P_TOTAL = 0.54                 # a new parent is the TOTAL of a place, not an instance
+P_LEAF, P_LEAF_LATE = 0.02, 0.5  # a waiting node becomes a leaf: while some of op is left, and when all is spent
+P_NEW_FIRST, P_NEW_MORE = 0.18, 0.1  # a parent is a new node, not a waiting one: the first parent, and each further one
+P_LITERAL = 0.72               # "INT plus expr" or "INT times expr" instead of "expr", if op allows it
+P_NEWEST = 0.85                # expand the newest waiting node, which makes the graph deep, instead of a random one
 N_PARENTS = (1,) * 20 + (2,) * 58 + (3,) * 14 + (4,) * 8   # of an instance, in percent
-N_CHILDREN = (1,) * 8 + (2,) * 52 + (3,) * 29 + (4,) * 11  # of a TOTAL
-P_DIFFERENCE = 0.45, 0.08       # of two parents: with different values, and with equal ones (the result would be 0)
-P_LEAF_DISTRACTOR = 0.45       # a distractor is a number alone
-N_SHORT = 4                    # distractors from the fifth on are long sentences (why: see `distractor_law`)
-LEAF_VALUES = (1,) * 3 + (2,) * 7 + (3,) * 7 + (4,) * 7    # of the public data: 1/8, 7/24, 7/24, 7/24
+N_CHILDREN = (1,) * 8 + (2,) * 52 + (3,) * 29 + (4,) * 11  # of a TOTAL, in percent
+P_DIFFERENCE = 0.45, 0.08       # subtract two parents instead of adding them: different values, equal values (result 0)
+P_LEAF_DISTRACTOR = 0.45       # a distractor is a leaf
+N_SHORT = 4                    # from the fifth on, distractors are long sentences (see `distractor_law`)
+LEAF_VALUES = (1,) * 3 + (2,) * 7 + (3,) * 7 + (4,) * 7    # as in the public data
 
 
 def sample_graph(rng, op, n_distractors):
-    """Draw a graph whose cost is exactly `op` and which leaves room for `n_distractors` more instances.
+    """Draw a graph that costs exactly `op` and leaves names for `n_distractors` more instances.
 
-    A node with k parents costs max(1, k), one more with a literal (a leaf 1, `c * p` 2, `a + b` 2, a TOTAL of k k).
-    The graph grows backwards from the question. A new node is paid for at the lowest price it can end up with; what is
-    left of `op` (`left`) is spent while waiting nodes are expanded, and the last one waiting may not become a leaf
-    before all is spent. So the cost is exact by construction, whatever the dice say.
+    A node with k parents costs max(1, k), and a literal costs 1 more: a leaf 1, `c * p` 2, `a + b` 2, a TOTAL of k
+    children k. The graph grows backwards from the question. A new node is paid for when it is added, at the lowest cost
+    that it can have. Expanding a node spends more of the rest, `op_left`. The last waiting node becomes a leaf only
+    when nothing is left, so the cost is exact by construction.
 
-    Only waiting nodes can become parents, so the order of expansion is a reversed topological order. While a TOTAL
-    waits, the instances of its place wait with it: it will sum them all, and nothing may come to its place afterwards.
+    Only waiting nodes can become parents, so nodes are expanded in reverse topological order. A TOTAL is the sum of all
+    instances of its place. So the instances of a place wait until its TOTAL is expanded, and then the place is closed.
 
-    Returns {entity: (parents, has_literal)}, the question first, or None when the names ran out (rare).
+    Returns {entity: (parents, has_literal)}, the question first, or None if the names ran out (rare).
     """
     rand = rng.random
-    seen = [[] for _ in range(GRID)]  # place -> instances so far
-    expanded = [False] * GRID         # place -> has an instance that was expanded
-    total = [0] * GRID                # place -> its TOTAL is not there (0), waits (1), was expanded: place closed (2)
+    instances = [[] for _ in range(GRID)]  # place -> its instances so far
+    expanded = [False] * GRID              # place -> one of its instances has been expanded
+    total = [0] * GRID                     # place -> 0: it has no TOTAL, 1: its TOTAL waits, 2: its TOTAL has been expanded
     graph, waiting = {}, []
-    left = op
-    room = GRID * GRID                # free names in places without a TOTAL
+    op_left = op
+    n_names = GRID * GRID                  # free names in places without a TOTAL
 
-    def price(p):  # of a new instance in place p: itself, and one more child for a TOTAL that waits for it
-        return 1 if not total[p] else 2 if seen[p] else 0  # the first child is paid for with the TOTAL
+    def pick(items):
+        return items[int(rand() * len(items))]
+
+    def price(p):
+        """Of a new instance in place p. A waiting TOTAL pays 1 for each child, for the first one in advance."""
+        return 1 if not total[p] else 2 if instances[p] else 0
 
     def add_instance(p):
-        nonlocal left, room
-        left -= price(p)
-        room -= not total[p]
-        kinds = [p * (GRID + 1) + k for k in range(GRID) if p * (GRID + 1) + k not in seen[p]]
-        entity = kinds[int(rand() * len(kinds))]
-        seen[p].append(entity)
+        nonlocal op_left, n_names
+        op_left -= price(p)
+        n_names -= not total[p]
+        entity = pick([e for e in range(p * COLUMNS, p * COLUMNS + GRID) if e not in instances[p]])
+        instances[p].append(entity)
         waiting.append(entity)
         return entity
 
     def add_total(p):
-        nonlocal left, room
-        left -= len(seen[p]) or 2  # one for each child there is, or itself and its first child
-        room -= GRID - len(seen[p])
+        nonlocal op_left, n_names
+        op_left -= len(instances[p]) or 2  # 1 for each child, or 2 for the TOTAL with a first child
+        n_names -= GRID - len(instances[p])
         total[p] = 1
-        waiting.append(p * (GRID + 1) + TOTAL)
+        waiting.append(p * COLUMNS + TOTAL)
         return waiting[-1]
 
-    def add_parent(budget):  # a new node of at most that price, or None
+    def add_parent(max_price):
+        """A new node, or None if there is none at that price."""
         if rand() < P_TOTAL:
-            spare = room - n_distractors - budget // 2  # closing a place takes its free names away
-            places = [p for p in range(GRID) if not total[p] and not expanded[p] and GRID - len(seen[p]) <= spare
-                      and (len(seen[p]) or 2) <= budget]
+            spare = n_names - n_distractors - max_price // 2  # the rest of op needs names, too
+            places = [p for p in range(GRID) if not total[p] and not expanded[p] and GRID - len(instances[p]) <= spare
+                      and (len(instances[p]) or 2) <= max_price]
             if places:
-                return add_total(places[int(rand() * len(places))])
-        places = [p for p in range(GRID) if len(seen[p]) < GRID and price(p) <= budget
-                  and (total[p] == 1 or (room > n_distractors and not total[p]))]
-        return add_instance(places[int(rand() * len(places))]) if places else None
+                return add_total(pick(places))
+        places = [p for p in range(GRID) if len(instances[p]) < GRID and price(p) <= max_price
+                  and (total[p] == 1 or (n_names > n_distractors and not total[p]))]
+        return add_instance(pick(places)) if places else None
 
     p = int(rand() * GRID)
     add_total(p) if rand() < P_ASK_TOTAL else add_instance(p)
     while waiting:
-        ready = [j for j, e in enumerate(waiting) if e % (GRID + 1) == TOTAL or total[e // (GRID + 1)] != 1]
-        entity = waiting.pop(ready[-1] if rand() < P_NEWEST else ready[int(rand() * len(ready))])
-        p, kind = divmod(entity, GRID + 1)
-        if kind == TOTAL:
-            want = N_CHILDREN[int(rand() * 100)]
-            while not seen[p] or (len(seen[p]) < want and left >= 2):
+        ready = [j for j, e in enumerate(waiting) if e % COLUMNS == TOTAL or total[e // COLUMNS] != 1]
+        entity = waiting.pop(ready[-1] if rand() < P_NEWEST else pick(ready))
+        p, column = divmod(entity, COLUMNS)
+        if column == TOTAL:
+            n_children = pick(N_CHILDREN)
+            while not instances[p] or (len(instances[p]) < n_children and op_left >= 2):
                 add_instance(p)
             total[p] = 2
-            graph[entity] = (tuple(seen[p]), False)
+            graph[entity] = (tuple(instances[p]), False)
             continue
         expanded[p] = True
-        if not waiting and left == 0 or waiting and rand() < (P_LEAF if left else P_LEAF_LATE):
+        if not waiting and op_left == 0 or waiting and rand() < (P_LEAF if op_left else P_LEAF_LATE):
             graph[entity] = ((), False)
             continue
-        candidates = waiting[:]
-        parents = []
-        for j in range(N_PARENTS[int(rand() * 100)]):
-            edge = 1 if j else 0  # every parent past the first is one more operator
-            if left < edge:
+        candidates, parents = waiting[:], []
+        for j in range(pick(N_PARENTS)):
+            cost = min(j, 1)  # each parent after the first is one more operator
+            if op_left < cost:
                 break
-            parent = None
-            if not candidates or rand() < (P_NEW_MORE if j else P_NEW_FIRST):
-                parent = add_parent(left - edge)
-            else:
-                parent = candidates.pop(int(rand() * len(candidates)))
+            is_new = not candidates or rand() < (P_NEW_MORE if j else P_NEW_FIRST)
+            parent = add_parent(op_left - cost) if is_new else candidates.pop(int(rand() * len(candidates)))
             if parent is None:
                 break
             parents.append(parent)
-            left -= edge
+            op_left -= cost
+        parents = parents or candidates[-1:]
         if not parents:
-            if not candidates:
-                return None
-            parents = [candidates[-1]]
-        literal = left > 0 and len(parents) <= 3 and rand() < P_LITERAL
-        left -= literal
-        graph[entity] = (tuple(parents), literal)
-    return graph if left == 0 else None
+            return None
+        has_literal = op_left > 0 and len(parents) <= 3 and rand() < P_LITERAL
+        op_left -= has_literal
+        graph[entity] = (tuple(parents), has_literal)
+    return graph if op_left == 0 else None
 
 
 def sample_values(rng, graph):
-    """Choose literals and operators for a graph and compute every value.
+    """Draw literals and operators, and compute all values.
 
-    Done from the leaves up, so that each choice keeps the values in 0..1000 ("times" only where the product stays small,
-    the larger parent first in a difference) and nothing has to be thrown away for it.
+    This goes from the leaves up, so each choice can keep its value in 0..MAX_VALUE: "times" only if the product stays
+    small, and the larger parent first in a difference.
 
-    Returns {entity: Rule} in the order of computation, or None when a sum grew past 1000 (rare).
+    Returns {entity: Rule} in the order of computation, or None if a sum exceeded MAX_VALUE (rare).
     """
     rules = {}
     for entity in reversed(graph):
-        parents, has_literal = graph[entity]
-        rule = sample_rule(rng, rules, entity, parents, has_literal)
+        rules[entity] = rule = sample_rule(rng, rules, entity, *graph[entity])
         if rule.value > MAX_VALUE:
             return None
-        rules[entity] = rule
     return rules
 
 
@@ -213,10 +212,10 @@ def draw(rng, items, k):
 
 
 class Rule(NamedTuple):
-    """How one quantity follows from its parents: `literal` `literal_op` (sum or difference of `parents`)."""
+    """How to compute one quantity: literal, literal_op, then the sum or difference of the parents."""
     parents: tuple       # entities, in the order in which they are written
-    difference: bool     # two parents are subtracted rather than added
-    literal_op: str      # " + ", " * ", or "" when there is no literal; a leaf is a literal alone
+    difference: bool     # subtract the two parents instead of adding them
+    literal_op: str      # " + ", " * ", or "" without a literal; a leaf is a literal alone
     literal: int
     value: int
 
@@ -226,82 +225,78 @@ def sample_rule(rng, rules, entity, parents, has_literal):
     if not parents:
         literal = LEAF_VALUES[int(rand() * 24)]
         return Rule((), False, "", literal, literal)
-    is_total = entity % (GRID + 1) == TOTAL
     values = [rules[p].value for p in parents]
-    difference = len(parents) == 2 and not is_total and rand() < P_DIFFERENCE[values[0] == values[1]]
+    difference = len(parents) == 2 and entity % COLUMNS != TOTAL and rand() < P_DIFFERENCE[values[0] == values[1]]
     if difference and values[0] < values[1]:
         parents = parents[::-1]
     value = abs(values[0] - values[1]) if difference else sum(values)
     if not has_literal:
         return Rule(parents, difference, "", 0, value)
-    if rand() < 0.5 and 4 * value <= MAX_VALUE:
-        literal = 2 + int(rand() * 3)
-        return Rule(parents, difference, " * ", literal, literal * value)
-    literal = 1 + int(rand() * 4)
-    return Rule(parents, difference, " + ", literal, literal + value)
+    times = rand() < 0.5 and 4 * value <= MAX_VALUE
+    literal = 2 + int(rand() * 3) if times else 1 + int(rand() * 4)
+    return Rule(parents, difference, " * " if times else " + ", literal, literal * value if times else literal + value)
 
 
 def sample_distractors(rng, rules, n):
-    """Draw `n` instances that the question does not need, each with a rule over what is there already.
+    """Draw `n` instances that the question does not need, each with a rule over the quantities before it.
 
-    None goes to a place whose TOTAL somebody uses: the text would change that TOTAL. A distractor may use the TOTAL of
-    a place not used so far, which closes the place. Later ones build on earlier ones only, so there are no circles.
+    So there are no circles. A place with a TOTAL gets no new instance, because that would change the TOTAL. A distractor
+    may introduce the TOTAL of another place, which closes that place.
 
-    Returns {entity: Rule} of the distractors, in the order of computation, or None when the names ran out (rare).
+    Returns {entity: Rule} of the distractors and their TOTALs, in the order of computation, or None if the names ran out
+    (rare).
     """
-    rand = rng.random
-    rules = dict(rules)
-    n_needed = len(rules)
-    closed = {e // (GRID + 1) for e in rules if e % (GRID + 1) == TOTAL}
-    free = [p * (GRID + 1) + k for p in range(GRID) if p not in closed for k in range(GRID)
-            if p * (GRID + 1) + k not in rules]
+    rand, rules, n_needed = rng.random, dict(rules), len(rules)
+    closed = {e // COLUMNS for e in rules if e % COLUMNS == TOTAL}
+    free = [e for e in range(GRID * COLUMNS) if e % COLUMNS != TOTAL and e // COLUMNS not in closed and e not in rules]
 
-    def a_total(own_place):  # the TOTAL of a place, or None if it would leave too few names or is not there
+    def pick_total(own_place):
+        """The TOTAL of a random place, or None if it has none and cannot get one."""
         nonlocal free
         p = int(rand() * GRID)
-        total = p * (GRID + 1) + TOTAL
+        total = p * COLUMNS + TOTAL
         if total in rules:
             return total
-        children = tuple(e for e in rules if e // (GRID + 1) == p)
-        open_elsewhere = [f for f in free if f // (GRID + 1) != p]
-        rule = sample_rule(rng, rules, total, children, False) if children else None
-        if p == own_place or not rule or rule.value > MAX_VALUE or len(open_elsewhere) < n - j - 1:
+        children = tuple(e for e in rules if e // COLUMNS == p)
+        value = sum(rules[e].value for e in children)
+        free_elsewhere = [e for e in free if e // COLUMNS != p]
+        if p == own_place or not children or value > MAX_VALUE or len(free_elsewhere) < n - j - 1:
             return None
-        closed.add(p)
-        free = open_elsewhere
-        rules[total] = rule
+        free = free_elsewhere
+        rules[total] = Rule(children, False, "", 0, value)
         return total
 
     for j in range(n):
         if not free:
             return None
         entity = free.pop(int(rand() * len(free)))
-        parents = []
+        parents, n_tries = [], 0
         if rand() >= P_LEAF_DISTRACTOR or j >= N_SHORT:
-            for _ in range(N_PARENTS[int(rand() * 100)] if j < N_SHORT else 6):
-                if len(parents) == 4:
-                    break
-                known = list(rules)
-                parent = a_total(entity // (GRID + 1)) if rand() < 0.15 else known[int(rand() * len(known))]
-                if parent is not None and parent not in parents:
-                    parents.append(parent)
+            n_tries = N_PARENTS[int(rand() * 100)] if j < N_SHORT else 6
+        for _ in range(n_tries):
+            if len(parents) == 4:
+                break
+            known = list(rules)
+            parent = pick_total(entity // COLUMNS) if rand() < 0.15 else known[int(rand() * len(known))]
+            if parent is not None and parent not in parents:
+                parents.append(parent)
         rule = sample_rule(rng, rules, entity, tuple(parents), 0 < len(parents) <= 3 and rand() < 0.4)
         rules[entity] = rule if rule.value <= MAX_VALUE else sample_rule(rng, rules, entity, (), False)
     return dict(itertools.islice(rules.items(), n_needed, None))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# how many distractors: one law for every op, so that a longer chain is the only thing that a larger op changes
+# how many distractors: the law is the same for every op, so a larger op changes the length of the chain and nothing else
 
-MAX_DISTRACTORS = 12  # what always fits beside the largest graphs
+MAX_DISTRACTORS = 12  # so many fit beside the largest graphs
 
 
 def distractor_law(mean):
-    """Cumulative probabilities of 0..12 distractors with that mean, `--distractors`.
+    """Cumulative probabilities of 0..12 distractors with the given mean (`--distractors`).
 
-    A geometric law with a fat tail: one problem in sixteen has 8 to 12, long ones. The tail brings training texts of
-    op 10 up to 260 tokens (the 99.9 % quantile), where op 20 has 282 in the mean: there the length of a text is new, too. More
-    distractors would not fit beside the largest graphs, and the law is one for every op.
+    The law is geometric with a heavy tail: up to one problem in sixteen has 8 to 12 distractors, most of them long. The
+    tail brings training texts of op 10 up to 260 tokens (the 99.9 % quantile), close to the mean text of op 20 with 282.
+    So a test on larger ops does not test new text lengths at the same time.
     Raises ValueError for a mean outside 0..10.
     """
     if not 0 <= mean <= 10:
@@ -309,84 +304,69 @@ def distractor_law(mean):
     ns = np.arange(MAX_DISTRACTORS + 1)
     tail = min(1 / 16, mean / 20)
 
-    def law(ratio):
+    def probabilities(ratio):
         geometric = ratio ** ns / np.sum(ratio ** ns)
         return (1 - tail) * geometric + tail * (ns >= 8) / np.sum(ns >= 8)
 
-    low, high = 0.0, 1e3  # the mean grows with the ratio: bisect
+    low, high = 0.0, 1e3  # the mean grows with the ratio, so bisect
     for _ in range(100):
         ratio = (low + high) / 2
-        low, high = (ratio, high) if law(ratio) @ ns < mean else (low, ratio)
-    return np.cumsum(law(ratio if mean else 0.0)).tolist()
+        low, high = (ratio, high) if probabilities(ratio) @ ns < mean else (low, ratio)
+    return np.cumsum(probabilities(ratio if mean else 0.0)).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the text
 
-class Names(NamedTuple):
-    """Ready-made strings of a context; rows are places, columns kinds, the last column the TOTAL."""
-    name: list       # "adult fox in Maple Creek"
-    reference: list  # "the number of adult fox in Maple Creek", "the total number of adult animals in Maple Creek"
-    question: list   # "How many adult fox does Maple Creek have?"
+def _strings(context):
+    """-> (names, references, questions), lists: for each place one string for each kind, then one for the TOTAL.
+
+    For example "adult fox in Maple Creek", "the number of adult fox in Maple Creek", "How many adult fox does Maple Creek
+    have?".
+    """
+    total = context["total"]
+    pairs = [(what, place) for place in context["places"] for what in [*context["kinds"], total]]
+    return ([f"{what} in {place}" for what, place in pairs],
+            [f"the {'' if what == total else 'number of '}{what} in {place}" for what, place in pairs],
+            [f"What is the {what} in {place}?" if what == total else f"How many {what} does {place} have?"
+             for what, place in pairs])
 
 
-def _names(context):
-    kinds, places, total = context["kinds"], context["places"], context["total"]
-    name = [[f"{k} in {p}" for k in kinds] + [f"{total} in {p}"] for p in places]
-    return Names(name, [[f"the number of {n}" for n in row[:-1]] + [f"the {row[-1]}"] for row in name],
-                 [[f"How many {k} does {p} have?" for k in kinds] + [f"What is the {total} in {p}?"] for p in places])
-
-
-NAMES = {context: _names(c) for context, c in CONTEXTS.items()}
+STRINGS = {context: _strings(c) for context, c in CONTEXTS.items()}
 
 
 def value_text(rule, reference):
-    """What stands behind "equals": `value` of the grammar above. reference: entity -> text."""
-    refs = [reference[p] for p in rule.parents]
-    if not refs:
-        return str(rule.literal)
-    if len(refs) == 1:
-        expr = refs[0]
-    elif len(refs) == 2:
-        expr = f"{'the difference between' if rule.difference else 'the sum of'} {refs[0]} and {refs[1]}"
-    else:
-        expr = f"the sum of {', '.join(refs[:-1])}, and {refs[-1]}"
-    if not rule.literal_op:
-        return expr
-    return f"{rule.literal} {'plus' if rule.literal_op == ' + ' else 'times'} {expr}"
+    """What follows "equals": `value` in the grammar above. reference: entity -> text."""
+    *others, last = [reference[p] for p in rule.parents] or [str(rule.literal)]
+    if others:
+        what = "the difference between" if rule.difference else "the sum of"
+        last = f"{what} {', '.join(others)}{',' if len(others) > 1 else ''} and {last}"
+    return last if not rule.literal_op else f"{rule.literal} {'plus' if rule.literal_op == ' + ' else 'times'} {last}"
 
 
 def solution_text(rng, rules, order, name, op):
-    """Write the Define steps of `order`, letters drawn without replacement; k parents are folded from the left."""
-    letters = draw(rng, LETTERS, op)  # no node writes more letters than it costs
-    letter_of, steps, j = {}, [], 0
+    """Write the Define steps in the given order. Letters are drawn without replacement."""
+    letters = iter(draw(rng, LETTERS, op))  # no node writes more letters than it costs
+    letter_of, steps = {}, []
     for entity in order:
         parents, difference, literal_op, literal, value = rules[entity]
-        letter = letter_of[entity] = letters[j]
-        j += 1
-        head = f"Define {name[entity]} as {letter}; "
-        if not parents:
-            steps.append(f"{head}so {letter} = {literal}. ")
-            continue
-        left, left_value = letter_of[parents[0]], rules[parents[0]].value  # what has been folded so far
-        if len(parents) == 1 and literal_op:
-            head += f"{letters[j]} = {left} = {left_value}; "
-            left = letters[j]
-            j += 1
-        for parent in parents[1:]:
-            sign = " - " if difference else " + "
+        letter = letter_of[entity] = next(letters)
+        head, sign, work = f"Define {name[entity]} as {letter}; ", " - " if difference else " + ", f" = {literal}"
+        for j, parent in enumerate(parents):  # k parents are folded from the left; `a` is the result so far
             b, b_value = letter_of[parent], rules[parent].value
-            result = left_value - b_value if difference else left_value + b_value
-            work = f" = {left}{sign}{b} = {left_value}{sign}{b_value} = {result}"
-            if parent == parents[-1] and not literal_op:
-                break
-            head += f"{letters[j]}{work}; "
-            left, left_value = letters[j], result
-            j += 1
+            if j == 0:
+                a, a_value, work = b, b_value, f" = {b} = {b_value}"
+                continue
+            if j > 1:
+                a = next(letters)
+                head += f"{a}{work}; "
+            result = a_value - b_value if difference else a_value + b_value
+            work = f" = {a}{sign}{b} = {a_value}{sign}{b_value} = {result}"
+            a_value = result
         if literal_op:
-            work = f" = {literal}{literal_op}{left} = {literal}{literal_op}{left_value} = {value}"
-        elif len(parents) == 1:
-            work = f" = {left} = {value}"
+            a = next(letters)
+            head += f"{a}{work}; "
+            work = f" = {literal}{literal_op}{a} = {literal}{literal_op}{a_value} = {value}"
         steps.append(f"{head}so {letter}{work}. ")
     return "".join(steps)
 
@@ -395,11 +375,11 @@ def solution_text(rng, rules, order, name, op):
 # the held-out split
 
 def split_of_chain(chain):
-    """"eval" or "train": one reasoning chain in ten is held out, by a hash of the chain itself.
+    """"eval" or "train", by a hash of the reasoning chain: one chain in EVAL_SHARE is held out.
 
-    `chain` is what the solution is about and nothing else: for each needed quantity "NAME = rule" (parents by name,
-    those of a sum in alphabetical order; the literal; the operators), sorted, and the question. No letters, no order of
-    sentences or steps, no distractors: a chain of the eval split cannot be drawn in training in any disguise.
+    `chain` has a line "NAME = rule" for each needed quantity, sorted, and the question. A rule is the literal, the
+    operators, and the names of the parents, those of a sum in alphabetical order. The chain leaves out the letters, the
+    order of sentences and steps, and the distractors. So a chain of the eval split never occurs in training in any form.
     """
     digest = hashlib.blake2b(chain.encode(), digest_size=8).digest()
     return "eval" if int.from_bytes(digest, "little") % EVAL_SHARE == 0 else "train"
@@ -409,25 +389,23 @@ def chain_of(rules, name, question):
     lines = []
     for entity, (parents, difference, literal_op, literal, _) in rules.items():
         refs = [name[p] for p in parents]
-        if not difference:
-            refs.sort()
-        lines.append(f"{name[entity]} = {literal or ''}{literal_op}{(' - ' if difference else ' + ').join(refs)}")
-    lines.sort()
-    return "\n".join(lines) + "\n" + question
+        expr = " - ".join(refs) if difference else " + ".join(sorted(refs))
+        lines.append(f"{name[entity]} = {literal or ''}{literal_op}{expr}")
+    return "\n".join([*sorted(lines), question])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# mixtures: which context and op, how often
+# mixtures: how often each context and op occurs
 
 class Mixture(NamedTuple):
-    spec: str        # as given
-    cells: list      # [(context, op)]
-    weights: list    # probability of each cell
-    cumulative: list
+    spec: str         # the text of the mixture
+    cells: list       # [(context, op)]
+    weights: list     # the probability of each cell
+    cumulative: list  # their cumulative sums
 
 
 def parse_ops(text):
-    """"2-10" or "5" -> list of ops. Raises ValueError with a line for the user."""
+    """"2-10" or "5" -> list of ops. Raises ValueError with one line for the user."""
     m = re.fullmatch(r"([0-9]{1,4})(?:-([0-9]{1,4}))?", text.strip())
     if not m:
         raise ValueError(f"op range {text!r} is not like 2-10 or 5")
@@ -440,9 +418,9 @@ def parse_ops(text):
 def parse_mixture(spec):
     """A mixture from its text, e.g. "zoo:2-20:0.99,school:2:0.01" or "2-10".
 
-    Parts are [CONTEXT:]OPS[:WEIGHT], joined by commas; CONTEXT is zoo, school, movie or all (the default), OPS 2-10 or
-    5. A weight (default 1) is shared evenly by the cells (context, op) of its part; weights are normalised.
-    Raises ValueError with a line for the user.
+    The text is a list of parts [CONTEXT:]OPS[:WEIGHT], separated by commas. CONTEXT is zoo, school, movie or all (the
+    default), OPS is like 2-10 or 5. The cells (context, op) of a part share its weight (default 1) evenly. The sum of all
+    weights may be any positive number. Raises ValueError with one line for the user.
     """
     cells, weights = [], []
     for part in spec.split(","):
@@ -462,12 +440,16 @@ def parse_mixture(spec):
         weights += [weight / len(group)] * len(group)
     if sum(weights) <= 0:
         raise ValueError(f"the weights of mixture {spec!r} are all zero")
+    return normalised(spec, cells, weights)
+
+
+def normalised(spec, cells, weights):
     weights = [w / sum(weights) for w in weights]
     return Mixture(spec, cells, weights, list(itertools.accumulate(weights)))
 
 
 def mixture_of(ops, mix, default):
-    """The mixture of the options --ops and --mix, of which at most one may be given."""
+    """The mixture that the options --ops and --mix ask for. At most one of them may be given."""
     if ops is not None and mix is not None:
         raise ValueError("give --ops or --mix, not both")
     if ops is not None:
@@ -492,16 +474,15 @@ def stage_mixture(id_ops, default_id_share, mix=None, ops=None, id_share=None):
 
 
 def reweighted(mixture, factors):
-    """The mixture with the weight of each op times factors[op]."""
+    """The mixture with the weight of each op multiplied by factors[op], 0 if there is none."""
     weights = [w * factors.get(op, 0.0) for (_, op), w in zip(mixture.cells, mixture.weights)]
-    weights = [w / sum(weights) for w in weights]
-    return mixture._replace(weights=weights, cumulative=list(itertools.accumulate(weights)))
+    return normalised(mixture.spec, mixture.cells, weights)
 
 
 def op_groups(id_ops):
-    """How ops are grouped after pre-training on ops id_ops = [m, M]: {name: (first op, last op)}.
+    """The groups of ops for a model pre-trained on ops id_ops = (m, M): {name: (first op, last op)}.
 
-    As in arXiv 2512.07783, where [2, 10] makes ID 2-10, OOD-edge 11-14 and OOD-hard 15-20: up to M, 1.4 M and 2 M.
+    The groups end at M, 1.4 M and 2 M. As in arXiv 2512.07783, (2, 10) gives ID 2-10, OOD-edge 11-14, OOD-hard 15-20.
     """
     m, M = id_ops
     edge = min(math.ceil(1.4 * M), MAX_OP)
@@ -512,61 +493,60 @@ def op_groups(id_ops):
 # problem i
 
 def make_row(i, mixture, seed=0, split="train", law=distractor_law(2)):
-    """Problem `i` of a mixture: a row of the public data set's format, a pure function of the arguments.
+    """Problem `i` of a mixture: a row in the format of the public data, a pure function of the arguments.
 
-    Context, op and number of distractors are drawn once, the rest until names suffice, sums stay at or below 1000 (both
-    nearly always at the first try) and the chain belongs to `split` (None: to any). law: see `distractor_law`.
+    Context, op and the number of distractors are drawn once. The rest is drawn again until the names suffice and no value
+    exceeds MAX_VALUE, which nearly always holds at once, and until the chain belongs to `split` (None: to any).
+    law: see `distractor_law`.
     """
     rng = random.Random((seed << 64) + i)
     context, op = mixture.cells[min(bisect(mixture.cumulative, rng.random()), len(mixture.cells) - 1)]
     n_distractors = min(bisect(law, rng.random()), MAX_DISTRACTORS)
-    c, names = CONTEXTS[context], NAMES[context]
+    c, (names, references, questions) = CONTEXTS[context], STRINGS[context]
+    n_kinds = len(c["kinds"])
     while True:
         graph = sample_graph(rng, op, n_distractors)
         rules = graph and sample_values(rng, graph)
         if not rules:
             continue
-        places, kinds = draw(rng, range(len(c["places"])), GRID), draw(rng, range(len(c["kinds"])), GRID) + [-1]
-        at = [(p, k) for p in places for k in kinds]  # entity -> place and kind of the context
-        name = [names.name[p][k] for p, k in at]
-        question_entity = next(iter(graph))
-        p, k = at[question_entity]
-        question = names.question[p][k]
+        places, kinds = draw(rng, range(len(c["places"])), GRID), draw(rng, range(n_kinds), GRID) + [n_kinds]
+        index = [place * (n_kinds + 1) + kind for place in places for kind in kinds]  # entity -> index of its strings
+        name = [names[x] for x in index]
+        asked = next(iter(graph))
+        question = questions[index[asked]]
         if split and split_of_chain(chain_of(rules, name, question)) != split:
             continue
         distractors = sample_distractors(rng, rules, n_distractors)
         if distractors is not None:
             break
     everything = {**rules, **distractors}
-    reference = [names.reference[p][k] for p, k in at]
-    sentences = [e for e in everything if e % (GRID + 1) != TOTAL]
+    reference = [references[x] for x in index]
+    sentences = [e for e in everything if e % COLUMNS != TOTAL]
     sentences = draw(rng, sentences, len(sentences))
     problem = "".join([f"The number of {name[e]} equals {value_text(everything[e], reference)}. " for e in sentences])
 
-    # The steps go depth first from the question, parents as written, children of a TOTAL as the text mentions them: the
-    # solution is a function of the text but for its letters, so a learner need not guess our order.
+    # Steps go depth first from the question, parents as written, children of a TOTAL as the text mentions them. So the text
+    # determines the solution except for its letters, and a learner need not guess the order.
     rank = {e: j for j, e in enumerate(sentences)}
-    order = []
+    order = {}  # the needed entities, parents before children
 
     def visit(entity):
         rule = rules[entity]
-        if entity % (GRID + 1) == TOTAL:
+        if entity % COLUMNS == TOTAL:
             rules[entity] = rule = Rule(tuple(sorted(rule.parents, key=rank.get)), False, "", 0, rule.value)
         for parent in rule.parents:
-            if parent not in done:
+            if parent not in order:
                 visit(parent)
-        done.add(entity)
-        order.append(entity)
+        order[entity] = True
 
-    done = set()
-    visit(question_entity)
-    solution = solution_text(rng, rules, order, name, op) + f"Answer: {rules[question_entity].value}."
+    visit(asked)
+    solution = solution_text(rng, rules, order, name, op) + f"Answer: {rules[asked].value}."
     return dict(problem=problem, question=question, solution=solution, op=op, id=f"{seed}-{i}", template=c["template"],
                 mode="normalforward", length="zero_context", d=2)
 
 
 def read_rows(path):
-    """Rows of a JSONL file in the public format. Raises ValueError or OSError with a line for the user."""
+    """Rows of a JSONL file in the public format. Raises ValueError or OSError with one line for the user."""
     rows = []
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
@@ -591,21 +571,21 @@ TAGS = ["<question>", "</question>", "<solution>", "</solution>", "<answer>", "<
 
 
 def tokenizer():
-    """The `tiktoken.Encoding`: a closed vocabulary built here, with nothing to train, ship or download.
+    """The `tiktoken.Encoding`. Its vocabulary is closed and built here: nothing to train, ship or download.
 
-    Tokens are the 256 bytes and the phrases that the problems are made of, each split off whole by the pattern (tiktoken
-    looks a piece up before it tries to merge bytes). Everything else falls back to bytes, so any text round-trips.
-    The name of a quantity, "adult fox in Maple Creek", is one token: a model that has to tie kind and place together
-    first spends most of a short run on that. Digits are single tokens, the first one of a number with its space. Tags
-    are special tokens, and no phrase starts or ends with the space beside a tag: the ids of a prompt are a prefix of the
-    ids of the prompt plus its continuation.
+    The tokens are the 256 bytes and the phrases that problems are made of. The pattern splits off each phrase as a whole,
+    and tiktoken looks up a whole piece before it merges bytes. All other text falls back to bytes, so any text round-trips.
+    The name of a quantity, "adult fox in Maple Creek", is one token. Otherwise a model must first learn to tie kind and
+    place together, which takes most of a short run. Digits are single tokens. The first digit of a number includes the
+    space before it. Tags are special tokens, and no phrase includes the space beside a tag. So the ids of a prompt are a
+    prefix of the ids of the prompt with its continuation.
     """
     phrases = [before + the for the in (" the number of", " the")
                for before in ("", " the sum of", " the difference between", ",", " and", ", and")]
     phrases += [start + phrase for start in (" ", ". ") for phrase in
                 ("The number of", "What is the", "How many", "Define", "Answer:")]
-    phrases += [" equals", " plus", " times", " as", "; so", " so", " ="]
-    phrases += [" +", " -", " *"] + [f" {d}" for d in "0123456789"] + [f" {letter}" for letter in LETTERS]
+    phrases += [" equals", " plus", " times", " as", "; so", " so"]
+    phrases += [f" {sign}" for sign in ["=", "+", "-", "*", *"0123456789", *LETTERS]]
     for c in CONTEXTS.values():
         phrases += [f" {kind}" for kind in c["kinds"]] + [f" does {place} have?" for place in c["places"]]
         phrases += [f" {name} in {place}" for name in [*c["kinds"], c["total"]] for place in c["places"]]
@@ -618,8 +598,11 @@ def tokenizer():
 
 
 def name_parts(enc):
-    """{id of a name: ids of its parts}: of "KIND in PLACE" and of "TOTAL in PLACE" those that "How many KIND does PLACE have?"
-    is made of, so KIND and PLACE, or PLACE alone. As one token, a name does not show that it has parts."""
+    """{id of a name: ids of its parts}. The parts of "KIND in PLACE" are KIND and PLACE, that of "TOTAL in PLACE" is PLACE.
+
+    A name is one token, so its id alone does not show what it has in common with other names. The parts are tokens of the
+    question "How many KIND does PLACE have?".
+    """
     parts = {}
     for c in CONTEXTS.values():
         for place in c["places"]:
@@ -631,18 +614,18 @@ def name_parts(enc):
 
 
 _enc = tokenizer()
-VOCAB_SIZE = -(-_enc.n_vocab // 64) * 64  # 637, rounded up to a multiple of 64 so that matrix kernels run at full speed: 640
-# what the ids mean, in short: a model trained with others reads and writes nonsense
+VOCAB_SIZE = -(-_enc.n_vocab // 64) * 64  # 637, rounded up to 640: matrix kernels are fastest with multiples of 64
+# a fingerprint of the vocabulary: a checkpoint trained with another one is of no use
 VOCABULARY = hashlib.blake2b(b"\n".join(map(_enc.decode_single_token_bytes, range(_enc.n_vocab))), digest_size=4).hexdigest()
 
 
 def prompt_text(row):
-    """What the model is given, up to and including the tag that opens the solution."""
+    """The input of the model, up to and including the tag that opens the solution."""
     return f"<question> {row['problem'].strip()} {row['question'].strip()} </question> <solution>"
 
 
 def response_text(row):
-    """What the model should write after the prompt, end-of-text included."""
+    """The output that the model should write after the prompt, including end-of-text."""
     solution, _, answer = row["solution"].partition("Answer:")
     return f" {' '.join(solution.split())} </solution> <answer> {answer.strip().rstrip('.')} </answer>{END}"
 
@@ -652,12 +635,12 @@ def encode(enc, text):
 
 
 def decode(enc, ids):
-    """Text of sampled ids. Those past the vocabulary (VOCAB_SIZE is rounded up) have none: a zero byte stands for each."""
+    """The text of sampled ids. An id between the vocabulary and VOCAB_SIZE has no text and becomes a zero byte."""
     return enc.decode([i if i < enc.n_vocab else 0 for i in ids], errors="replace")
 
 
 def encode_row(enc, row):
-    """-> (ids, n_prompt): the whole training text as ids, and how many of them are the prompt."""
+    """-> (ids, n_prompt): the whole training text as ids, and the number of them that belong to the prompt."""
     ids = encode(enc, prompt_text(row) + response_text(row))
     return ids, ids.index(enc.encode_single_token("<solution>")) + 1
 
@@ -671,20 +654,21 @@ def mean_tokens(mixture, seed, law, n=2000):
 # ----------------------------------------------------------------------------------------------------------------------
 # batches
 
-IGNORE = -100  # target of positions without loss, as torch's cross_entropy has it
+IGNORE = -100  # the target at positions without loss, the default of torch's cross_entropy
 
 
 class TrainingSteps:
-    """steps[s] -> the micro-batches of optimizer step s, so a run resumes at s and any worker can make any step.
+    """steps[s] -> the micro-batches of optimizer step s. So a run can resume at s, and any worker can make any step.
 
-    Step s trains on problems s * batch_size ... (s + 1) * batch_size - 1; rank r of `world` ranks takes every world-th
-    of them. One problem is one row: padding on the right needs no mask under causal attention, and no row sees another.
-    Rows are sorted by length and cut into micro-batches of at most `micro_tokens` tokens, padding included (one row may
-    be longer). Their shapes are multiples of (4, 16): libraries prepare a kernel for each new shape and keep it. With
-    packed=True, for torch.compile, problems are laid end to end instead, without padding and in few shapes: see `pack`.
+    Step s trains on problems s * batch_size ... (s + 1) * batch_size - 1. Rank r of `world` ranks takes every world-th of
+    them. Each row holds one problem and is padded on the right. Attention is causal, so this needs no mask.
+    Rows are sorted by length and cut into micro-batches of at most `micro_tokens` tokens, padding included. A longer row
+    gets a micro-batch of its own. Shapes are multiples of (4, 16), because libraries prepare and keep a kernel for each
+    new shape. With packed=True, for torch.compile, problems are laid end to end, without padding and in few shapes
+    (`pack`).
 
-    A micro-batch is (x, y), int64 arrays (rows, T): y[b, t] is the token after x[b, t], or IGNORE where there is no
-    loss: on padding and, with loss="solution", on the prompt. late: (step, distractors), another mean from that step on.
+    A micro-batch is (x, y), int64 arrays (rows, T). y[b, t] is the token after x[b, t], or IGNORE where there is no loss:
+    on padding and, with loss="solution", on the prompt. late = (step, distractors) sets another mean from that step on.
     Works as a map-style data set of torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, end)).
     """
 
@@ -711,31 +695,32 @@ def micro_batches(rows, micro_tokens, loss="all", packed=False):
 
 
 def cut(rows, micro_tokens):
-    """Sort rows (ids, n_prompt, ...) by length and cut them into lists of at most `micro_tokens` tokens, with padding."""
-    rows = sorted(rows, key=lambda row: len(row[0]))
-    batches, start = [], 0
-    while start < len(rows):
-        end = start + 1
-        while end < len(rows) and math.prod(padded(end + 1 - start, len(rows[end][0]) - 1)) <= micro_tokens:
-            end += 1
-        batches.append(rows[start:end])
-        start = end
+    """Sort rows (ids, n_prompt, ...) by length, and cut them into lists of at most `micro_tokens` tokens with padding."""
+    batches = []
+    for row in sorted(rows, key=lambda row: len(row[0])):
+        if batches and math.prod(padded(len(batches[-1]) + 1, len(row[0]) - 1)) <= micro_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
     return batches
 
 
 def pack_sizes(micro_tokens):
-    """The sizes that `cut_to_pack` uses, apart from that of a row that is longer than all of them."""
+    """The sizes that `cut_to_pack` uses. A row that is longer than all of them gets a larger size."""
     return [max(1, micro_tokens >> i) for i in range(4)]
 
 
 def cut_to_pack(rows, micro_tokens):
-    """Cut rows, in their order, into [(list of rows, size)] for `pack`. The size is micro_tokens; for the last ones, which would
-    fill less than three quarters of it, a half, a quarter or an eighth."""
+    """Cut rows, in the given order, into [(list of rows, size)] for `pack`.
+
+    The size is micro_tokens. If the last rows would fill less than three quarters of it, it is a half, a quarter or an
+    eighth of that.
+    """
     lengths = [len(row[0]) - 1 for row in rows]
     batches, start, sizes = [], 0, pack_sizes(micro_tokens)
     while start < len(rows):
-        left = sum(lengths[start:])
-        size = next((size for size in sizes if left > 0.75 * size), sizes[-1])
+        tokens_left = sum(lengths[start:])
+        size = next((size for size in sizes if tokens_left > 0.75 * size), sizes[-1])
         while size < lengths[start]:
             size *= 2
         end = start + 1
@@ -747,18 +732,18 @@ def cut_to_pack(rows, micro_tokens):
 
 
 def most_rows(size):
-    """Rows that `pack` has room for: an array of one length, whatever is in it, and each place in it costs a little."""
+    """The largest number of rows in one `pack`. It fixes the length of cu_seqlens, and each entry costs a little time."""
     return max(1, size // 48)
 
 
 def pack(rows, size, loss="all"):
-    """[(ids, n_prompt, ...)], end to end -> (x, y, cu_seqlens, max_seqlen), what a kernel for sequences of many lengths reads.
+    """[(ids, n_prompt, ...)], laid end to end -> (x, y, cu_seqlens, max_seqlen) for attention kernels with variable lengths.
 
-    x, y: (1, size), as in `TrainingSteps`. cu_seqlens: int32, where each sequence starts, in the end `size`, repeated.
-    max_seqlen: an int, none is longer. What is left of the row is cut into sequences too: all tokens are of one.
+    x, y: (1, size), as in `TrainingSteps`. cu_seqlens: int32, the start of each sequence, then `size` up to a fixed length.
+    max_seqlen: an int, no sequence is longer. The rest of the row is cut into sequences, too, so that each token has one.
     """
     x, y, ends = np.zeros((1, size), np.int64), np.full((1, size), IGNORE, np.int64), [0]
-    max_seqlen = 512  # one of few numbers: torch.compile makes a program for each
+    max_seqlen = 512  # takes few values, because torch.compile makes a program for each
     for ids, n_prompt, *_ in rows:
         first, start, end = n_prompt if loss == "solution" else 1, ends[-1], ends[-1] + len(ids) - 1
         x[0, start:end] = ids[:-1]
@@ -779,8 +764,7 @@ def padded(n_rows, T):
 def pad(rows, loss="all"):
     """[(ids, n_prompt, ...)] -> (x, y) as in `TrainingSteps`."""
     shape = padded(len(rows), max(len(row[0]) for row in rows) - 1)
-    x = np.zeros(shape, np.int64)
-    y = np.full(shape, IGNORE, np.int64)
+    x, y = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
     for b, (ids, n_prompt, *_) in enumerate(rows):
         first = n_prompt if loss == "solution" else 1  # the first token with a loss
         x[b, :len(ids) - 1] = ids[:-1]
@@ -792,12 +776,12 @@ def pad(rows, loss="all"):
 # the command line
 
 def show(row):
-    """A problem for people: the text, the graph as a tree, the steps."""
+    """A problem for human readers: the text, the graph as a tree, the steps."""
     steps = re.findall(r"Define (.+?) as (\w); (.+?)\. ", row["solution"])
-    letter_to_name, parents, value = {letter: name for name, letter, _ in steps}, {}, {}
+    name_of, parents, value = {letter: name for name, letter, _ in steps}, {}, {}
     for name, letter, work in steps:
-        used = re.findall(r"[A-Za-z]", re.sub(r"\bso\b", "", work))
-        parents[name] = [letter_to_name[u] for u in dict.fromkeys(used) if u in letter_to_name and u != letter]
+        used = dict.fromkeys(re.findall(r"\b[A-Za-z]\b", work))
+        parents[name] = [name_of[u] for u in used if u in name_of and u != letter]
         value[name] = work.split()[-1]
     lines, seen = [], set()
 
@@ -815,48 +799,53 @@ def show(row):
                       row["question"], "", *lines, "", *row["solution"].replace(". ", ".\n").splitlines(), ""])
 
 
+def at_least(low):
+    """An argparse type: an integer that is not below `low`."""
+    def integer(text):
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
+        return int(text)
+    return integer
+
+
+def write_rows(rows, n, path):
+    from tqdm import tqdm
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"--out {path} is not a file")
+    part = f"{os.path.realpath(path)}.{os.getpid()}.part"  # renamed at the end, so the file is always complete
+    try:
+        with open(part, "w", encoding="utf-8") as f:
+            for row in tqdm(rows, total=n, unit=" problems", disable=None):
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(part, os.path.realpath(path))
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
 def main():
     p = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter,
                                 description=__doc__.split("\n\n", 1)[0].strip() + "\n\n" + __doc__[__doc__.index("    python"):])
-    p.add_argument("--ops", help="op range, all contexts, uniform: 2-10 or 5 (default 2-10)")
+    p.add_argument("--ops", help="range of op, all contexts with equal weight: 2-10 or 5 (default 2-10)")
     p.add_argument("--mix", help='mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20:0.99,school:2:0.01"')
-    p.add_argument("--n", type=int, default=1, help="number of problems (default 1)")
-    p.add_argument("--seed", type=int, default=0, help="problem i is a pure function of (seed, i) (default 0)")
-    p.add_argument("--split", default="train", help="train or eval: no reasoning chain is in both (default train)")
+    p.add_argument("--n", type=at_least(1), default=1, help="number of problems (default 1)")
+    p.add_argument("--seed", type=at_least(0), default=0, help="problem i is a pure function of (seed, i) (default 0)")
+    p.add_argument("--split", choices=["train", "eval"], default="train",
+                   help="no reasoning chain is in both splits (default train)")
     p.add_argument("--distractors", type=float, default=2.0,
                    help="mean number of sentences that the question does not need, 0 to 10 (default 2)")
-    p.add_argument("--out", help="JSONL file to write; without it the problems are shown")
+    p.add_argument("--out", help="JSONL file to write; without it, print the problems")
     args = p.parse_args()
     try:
-        mixture = mixture_of(args.ops, args.mix, "2-10")
-        law = distractor_law(args.distractors)
-        if args.n < 1:
-            raise ValueError(f"--n must be at least 1, got {args.n}")
-        if args.seed < 0:
-            raise ValueError(f"--seed must be at least 0, got {args.seed}")
-        if args.split not in ("train", "eval"):
-            raise ValueError(f"--split is train or eval, got {args.split!r}")
+        mixture, law = mixture_of(args.ops, args.mix, "2-10"), distractor_law(args.distractors)
         rows = (make_row(i, mixture, args.seed, args.split, law) for i in range(args.n))
-        if args.out is None:
-            for row in rows:
-                print(show(row))
-            return
-        if os.path.exists(args.out) and not os.path.isfile(args.out):
-            raise ValueError(f"--out {args.out} is not a file")
-        from tqdm import tqdm
-        part = f"{os.path.realpath(args.out)}.{os.getpid()}.part"  # so that a file under its final name is always whole
-        try:
-            with open(part, "w", encoding="utf-8") as f:
-                for row in tqdm(rows, total=args.n, unit=" problems", disable=None):
-                    f.write(json.dumps(row, ensure_ascii=False) + "\n")
-            os.replace(part, os.path.realpath(args.out))
-        finally:
-            if os.path.exists(part):
-                os.remove(part)
-    except BrokenPipeError:
-        raise
+        if args.out is not None:
+            write_rows(rows, args.n, args.out)
     except (ValueError, OSError) as error:
         p.error(str(error))
+    if args.out is None:
+        for row in rows:
+            print(show(row))
 
 
 if __name__ == "__main__":
