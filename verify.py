@@ -94,14 +94,11 @@ class Trace(NamedTuple):
 def parse(text):
     """Any text -> Trace. Linear in len(text), never raises.
 
-    Takes both forms of a solution, with or without its prompt. Any white space counts as one space. The steps end where
-    the first answer begins: nothing written later counts for them. A letter means what it last meant at that point.
+    Takes both forms of a solution, without its prompt: text before the first step is an error. Any white space counts
+    as one space. The steps end where the first answer begins: nothing written later counts for them. A letter means what
+    it last meant at that point.
     """
     text = " ".join(text.split())
-    prompt, tag, solution = text.partition("<solution>")
-    asked = prompt.startswith("<question>") and prompt.rstrip().endswith("</question>")
-    if tag and (not prompt or asked and not any(mark in prompt for mark in (*ENDS, "Define "))):
-        text = solution  # steps or an answer before it would be a second solution, and stay
     end = min([i for i in map(text.find, ENDS) if i >= 0], default=len(text))
     before, *chunks = text[:end].split("Define ")
     answers, errors = _answers(text[end:])
@@ -387,6 +384,8 @@ rows.jsonl   one JSON object a line with the gold "solution", as data.py writes 
 r.jsonl      {"row": 0, "response": "Define ... . </solution> <answer> 7 </answer>"}, row counted from 0
 v.jsonl      {"row", "outcome", "process", "verified", "strict", "errors"}, one line per response, in order
 
+A response in a file may begin with the prompt of its row, "<question> problem question </question> <solution>".
+
 On stdout goes one JSON object: how many responses were scored, how many of them are right by outcome, verified and
 strict, the mean of process, and in how many responses each kind of error occurs.
 
@@ -414,6 +413,14 @@ def read_jsonl(path, field):
     if not objects:
         raise ValueError(f"{path} has no rows")
     return objects
+
+
+def without_prompt(text, row):
+    """The text, without the row's own prompt if it begins with that. White space does not matter."""
+    if not isinstance(row.get("problem"), str) or not isinstance(row.get("question"), str):
+        return text
+    prompt = f"<question> {row['problem']} {row['question']} </question> <solution>"
+    return " ".join(text.split()).removeprefix(" ".join(prompt.split()))
 
 
 def write_whole(path, text):
@@ -451,11 +458,12 @@ def main(argv=None):
             if out in map(os.path.realpath, inputs):
                 raise ValueError(f"--out {args.out} would replace an input")
         verdicts = []
-        for r in responses:
+        for i, response in ((r["row"], r["response"]) for r in responses):
+            gold, response = (without_prompt(text, rows[i]) for text in (rows[i]["solution"], response))
             try:
-                verdicts.append({"row": r["row"], **verify(rows[r["row"]]["solution"], r["response"])})
+                verdicts.append({"row": i, **verify(gold, response)})
             except ValueError as e:
-                raise ValueError(f"{args.rows}, row {r['row']}: {e}")
+                raise ValueError(f"{args.rows}, row {i}: {e}")
         if args.out is not None:
             write_whole(out, "".join(json.dumps(v) + "\n" for v in verdicts))
     except (OSError, ValueError) as e:

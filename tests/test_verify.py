@@ -84,10 +84,8 @@ ACCEPTED = {
     "itself": GOLD,
     "the model's form": MODEL,
     "leading space": " " + MODEL,
-    "solution tag": "<solution> " + MODEL,
-    "whole prompt": "<question> The number of owl equals 5. What is the total? </question> <solution> " + MODEL,
     "end of text": MODEL + "<|endoftext|>",
-    "spaced end of text": "<solution> " + MODEL + " <|endoftext|>",
+    "spaced end of text": MODEL + " <|endoftext|>",
     "padding": MODEL + "<|endoftext|>" * 3,
     "data form, then end of text": GOLD + "<|endoftext|>",
     "data form, closed": GOLD + " </solution>",
@@ -117,8 +115,8 @@ def test_strict_accepts(response):
 
 
 def test_gold_is_accepted_in_every_form_too():
-    forms = [GOLD, MODEL, "<solution> " + MODEL + "<|endoftext|>", "<question> q </question> <solution> " + MODEL]
-    for gold, response in itertools.product(forms, forms):
+    forms = [GOLD, MODEL, " " + MODEL + "<|endoftext|>"]
+    for gold, response in itertools.product([*forms, "<question> q </question> <solution> " + MODEL], forms):
         assert_strict(response, gold)
 
 
@@ -209,6 +207,10 @@ REJECTED = {
     "no full stop": (edit(("so J = P = 2. ", "so J = P = 2 ")), {V.UNPARSABLE}, True, 0),
     "no so": (step("lion", "J = P = 2"), {V.UNPARSABLE}, True, 0),
     "a so too many": (edit(("t = L = 5", "so t = L = 5")), {V.UNPARSABLE}, True, 0),
+    "scratchpad between tags of a prompt": ("<question> L is 5, P is 2 </question> <solution> " + MODEL, {V.STRAY}, True, 0),
+    "prompt": ("<question> The number of owl equals 5. What is the total? </question> <solution> " + MODEL, {V.STRAY}, True, 0),
+    "solution tag": ("<solution> " + MODEL, {V.STRAY}, True, 0),
+    "end of text before the steps": ("<|endoftext|> " + MODEL, {V.STRAY}, True, 0),
     "a solution in the prompt": ("<question> " + MODEL + " </question> <solution> " + MODEL, {V.STRAY, V.SEVERAL}, True, 0),
     "two prompts": ("<question> q </question> hm <solution> " + MODEL, {V.STRAY}, True, 0),
     # the answer
@@ -438,8 +440,16 @@ SAME = [reletter, commute, skip_substitution, skip_copies, flatten, refold, reor
 def test_every_public_solution_is_right(gold):
     for row in gold:
         assert_strict(row["solution"], row["solution"])
-        assert_strict(f"<question> {row['problem']}{row['question']} </question> <solution> {model_form(row['solution'], None)}",
-                      row["solution"])
+        assert_strict(model_form(row["solution"], None), row["solution"])
+
+
+def test_nothing_may_stand_before_a_public_solution(gold):
+    rng = random.Random(6)
+    for row in gold:
+        words = rng.sample((row["problem"] + row["solution"]).replace("Define", "").replace("Answer", "").split(), 8)
+        for before in (f"<question> {' '.join(words)} </question> <solution>", f"{row['problem']}{row['question']}", words[0]):
+            verdict = V.verify(row["solution"], before + model_form(row["solution"], None))
+            assert verdict["verified"] and not verdict["strict"] and kinds(verdict) == {V.STRAY}
 
 
 @pytest.mark.parametrize("change", SAME, ids=lambda f: f.__name__)
@@ -674,6 +684,24 @@ def test_responses(rows):
     assert summary["errors"] == {"missing node": 4, "no answer": 2, "stray text": 1, "extra node": 1, "wrong answer": 1}
     assert sorted(os.listdir(rows)) == ["r.jsonl", "rows.jsonl", "v.jsonl"]
     assert run("rows.jsonl", "--responses", "r.jsonl", cwd=rows).stdout == done.stdout
+
+
+def test_a_response_in_a_file_may_begin_with_the_prompt_of_its_row(tmp_path):
+    row = {"problem": "The number of owl equals 5. ", "question": "How many <b> in\nall?"}
+    prompt = "<question> The number of owl equals 5. How many <b> in all? </question> <solution>"
+    rows = [{**row, "solution": f"{prompt} {GOLD}"}, {"solution": GOLD}, {"problem": 5, "question": "q", "solution": GOLD},
+            {**row, "solution": GOLD}]
+    responses = [(i, text) for i in range(4) for text in (
+        MODEL, prompt + " " + MODEL, "\n" + prompt.replace(" ", " \n ") + MODEL, prompt + prompt + MODEL, "<solution>" + MODEL,
+        prompt.replace("5", "6") + MODEL, "<question> 5 q </question> <solution> " + MODEL, prompt)]
+    for name, objects in ("rows.jsonl", rows), ("r.jsonl", [{"row": i, "response": text} for i, text in responses]):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, objects)))
+    assert json.loads(run("rows.jsonl", cwd=tmp_path).stdout)["strict"] == 4
+    assert run("rows.jsonl", "--responses", "r.jsonl", "--out", "v.jsonl", cwd=tmp_path).returncode == 0
+    verdicts = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
+    right = [(v["row"], j % 8) for j, v in enumerate(verdicts) if v["strict"]]
+    assert right == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (3, 0), (3, 1), (3, 2)]
+    assert {error.split(":")[0] for v in verdicts[3:7] for error in v["errors"]} == {V.STRAY}
 
 
 BAD_INPUT = {
