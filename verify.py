@@ -43,10 +43,9 @@ REWARDS = ("outcome", "process", "mixed", "strict")
 LETTERS = frozenset(string.ascii_letters)
 OPERATORS = frozenset("+-*")
 LETTER = re.compile(r"\b[A-Za-z]\b")
-# [0-9] because \d also matches the digits of other scripts; 18 because the data needs 4 digits, and int() of a number
-# without end is slow and then refused. A longer number is no number.
-INT = "-?[0-9]{1,18}"
-NUMBER = re.compile(INT)
+# An integer has one spelling: no leading zeros, no -0. [0-9] because \d also matches the digits of other scripts. At most
+# 18 digits, because the data needs 4, and int() is slow for very long numbers and then refuses them.
+INT = "(?:0|-?[1-9][0-9]{0,17})"
 LARGEST = 10 ** 18
 OPERAND = f"(?:[A-Za-z]|{INT})"
 EXPR = f"{OPERAND}(?: [-+*] {OPERAND})*"
@@ -211,7 +210,7 @@ def _assign(assign, env):
 def _garbled(assign):
     """What can be made of text that is no ASSIGN -> (its first word, number or None, letters after the first "=")."""
     x, *sides = assign.removeprefix("so ").split(" = ")
-    n = sides[-1] if sides and NUMBER.fullmatch(sides[-1]) else None
+    n = sides[-1] if sides and re.fullmatch(INT, sides[-1]) else None
     return x, n, set(LETTER.findall(assign, assign.find("=") + 1))
 
 

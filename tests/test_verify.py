@@ -193,6 +193,12 @@ REJECTED = {
     "= 3 or 7": (step("lion", "so J = P = 2 or 7"), {V.UNPARSABLE, V.VALUE}, True, 1),
     "= 7 or 3": (step("lion", "so J = P = 7 or 2"), {V.UNPARSABLE, V.VALUE}, True, 1),
     "= 2.5": (edit(("so J = P = 2. ", "so J = P = 2.5. ")), {V.UNPARSABLE, V.VALUE}, True, 1),
+    "= 02": (edit(("so J = P = 2. ", "so J = P = 02. ")), {V.UNPARSABLE}, True, 1),
+    "leaf = 005": (edit(("so L = 5. ", "so L = 005. ")), {V.UNPARSABLE}, True, 1),
+    "leading zero in a side": (edit(("= 8 + 3 =", "= 08 + 3 =")), {V.UNPARSABLE}, True, 0),
+    "leading zero of a literal": (edit(("so W = 3 + t", "so W = 03 + t")), {V.UNPARSABLE}, True, 0),
+    "leading zero after a minus": (edit(("4 + -3 =", "4 + -03 =")), {V.UNPARSABLE}, True, 0),
+    "plus sign": (edit(("so J = P = 2. ", "so J = P = +2. ")), {V.UNPARSABLE}, True, 1),
     "value in words": (step("lion", "so J = P = two"), {V.UNPARSABLE, V.VALUE}, True, 1),
     "digits of another script": (step("lion", "so J = P = \u0662"), {V.UNPARSABLE, V.VALUE}, True, 1),
     "brackets": (step("lion", "so J = (P) = 2"), {V.UNPARSABLE}, True, 0),
@@ -228,6 +234,9 @@ REJECTED = {
     "answer 24.5, data form": (BODY + "Answer: 24.5.", {V.NO_ANSWER}, False, 0),
     "answer 24.0": (BODY + "Answer: 24.0.", {V.NO_ANSWER}, False, 0),
     "answer -24": (BODY + "Answer: -24.", {V.WRONG_ANSWER}, False, 0),
+    "answer 024": (BODY + "</solution> <answer> 024 </answer>", {V.NO_ANSWER}, False, 0),
+    "answer 024, data form": (BODY + "Answer: 024.", {V.NO_ANSWER}, False, 0),
+    "answer +24": (BODY + "Answer: +24.", {V.NO_ANSWER}, False, 0),
     "answer 2 4": (BODY + "</solution> <answer> 2 4 </answer>", {V.NO_ANSWER}, False, 0),
     "answer of 10,000 digits": (BODY + f"</solution> <answer> {'24' * 5000} </answer>", {V.NO_ANSWER}, False, 0),
     "answer in other digits": (BODY + "</solution> <answer> \u0662\u0664 </answer>", {V.NO_ANSWER}, False, 0),
@@ -285,6 +294,19 @@ def test_strict_rejects_another_rule_of_the_same_value(gold, other):
     assert_strict(BEFORE + gold + ending, BEFORE + gold + ending)
     verdict = V.verify(BEFORE + gold + ending, BEFORE + other + ending)
     assert verdict["verified"] and not verdict["strict"] and kinds(verdict) == {V.RULE}
+
+
+def test_zero_has_one_spelling():
+    gold = BEFORE + "so r = c = 0. Answer: 0."
+    assert_strict(gold, gold)
+    assert_strict(gold.replace("Answer: 0.", "</solution> <answer> 0 </answer>"), gold)
+    for zero in ("-0", "00", "+0", "-00", "0.0", "٠"):
+        for text in (f"so c = {zero}", f"= c = {zero}"):
+            verdict = V.verify(gold, gold.replace(text.replace(zero, "0"), text))
+            assert verdict["outcome"] and not verdict["verified"] and not verdict["strict"] and V.UNPARSABLE in kinds(verdict)
+        for ending in (f"Answer: {zero}.", f"</solution> <answer> {zero} </answer>"):
+            verdict = V.verify(gold, gold.replace("Answer: 0.", ending))
+            assert not verdict["outcome"] and not verdict["strict"] and kinds(verdict) == {V.NO_ANSWER}
 
 
 # -----------------------------------------------------------------------------
@@ -486,6 +508,15 @@ def test_no_public_solution_survives_a_changed_number_or_letter(gold):
             for new in {extra, *(o[0] for o in marks if o.lastindex == m.lastindex)} - {m[0]}:
                 response = solution[:m.start()] + new + solution[m.end():]
                 assert not V.verify(solution, response)["strict"], response
+
+
+def test_no_public_solution_survives_a_number_that_is_no_integer(gold):
+    for row in gold:
+        solution = row["solution"]
+        for m in re.finditer(r"\d+", solution):
+            for sign in ("0", "00", "-0", "+"):
+                verdict = V.verify(solution, solution[:m.start()] + sign + solution[m.start():])
+                assert not verdict["strict"] and verdict["outcome"] == (solution[m.end():] != ".")
 
 
 def test_public_solutions_with_a_step_too_few_too_many_or_out_of_place(gold):
