@@ -41,7 +41,6 @@ REWARDS = ("outcome", "process", "mixed", "strict")
 # text -> graph
 
 LETTERS = frozenset(string.ascii_letters)
-OPERATORS = frozenset("+-*")
 LETTER = re.compile(r"\b[A-Za-z]\b")
 # An integer has one spelling: no leading zeros, no -0. [0-9] because \d also matches the digits of other scripts. At most
 # 18 digits, because the data needs 4, and int() is slow for very long numbers and then refuses them.
@@ -192,8 +191,7 @@ def _assign(assign, env):
     m = ASSIGN.fullmatch(assign)
     if m:
         so, x, sides, n = m.groups()
-        words = sides.split(" ")
-        letters = LETTERS.intersection(words)
+        letters = LETTERS.intersection(sides.split(" "))
     else:
         so, (x, n, letters) = None, _garbled(assign)
     how, error, above = None, None, set()
@@ -203,7 +201,7 @@ def _assign(assign, env):
         if number is None:
             error = UNDEFINED
     if m and not error:
-        how, error = _check(words, n, env)
+        how, error = _check(sides, n, env)
     return so, x, n, letters, above, how, error if m else UNPARSABLE
 
 
@@ -214,51 +212,48 @@ def _garbled(assign):
     return x, n, set(LETTER.findall(assign, assign.find("=") + 1))
 
 
-def _check(words, n, env):
-    """The words of "e1 = e2 = ... = ", not none, before a number n -> (rule of e1, name of the first error or None).
+def _check(sides, n, env):
+    """Check an equation, its sides "e1 = e2 = ... = " and the number n at its end -> (rule, name of the first error or None).
 
-    Every side must come to n, and those after e1 must be e1 with numbers put for letters: 3 + t = 3 + 2 = 5 and not
-    3 + t = 4 + 1 = 5, though the operands of + and * may change places.
+    Every side must come to n. The side with the most letters gives the rule. Any other side must be n itself, or follow
+    the same rule in letters (3 + t = 3 + L where t = L), or be such a side with numbers put for letters (3 + t = 3 + 5).
+    So it may not be another expression that happens to have the same value: not 3 + t = 4 + 4, and not a + b = a + a.
+    The terms of a sum and the factors of a product may change places.
     """
-    first, rest = words[:words.index("=")], words[words.index("=") + 1:-2]
-    numbers, value, rule = _side(first, env)
-    if value != int(n):
+    values, rules, terms, letters = zip(*[_side(side.split(" "), env) for side in sides.removesuffix(" = ").split(" = ")])
+    rule, _ = max(zip(rules, letters), key=lambda side: len(side[1]))
+    if any(value != int(n) for value in values):
         return rule, ARITHMETIC
-    if not rest or rest == numbers:
-        return rule, None
-    error, letters, in_order = None, LETTERS.intersection(first), sorted(numbers)
-    commutes = "-" not in first and not ("+" in first and "*" in first)
-    for side in " ".join(rest).split(" = "):
-        side = side.split(" ")
-        other, value, _ = _side(side, env)
-        if value != int(n):
-            return rule, ARITHMETIC
-        same = other == numbers or commutes and len(other) == len(numbers) and sorted(other) == in_order
-        if not same or not letters.issuperset(LETTERS.intersection(side)):
-            error = RULE
-    return rule, error
+    in_letters = {t: collections.Counter(l) for r, t, l in zip(rules, terms, letters) if r == rule}
+    for r, t, l in zip(rules, terms, letters):
+        if r != rule and (l or t != ("+" + n,)) and (t not in in_letters or collections.Counter(l) - in_letters[t]):
+            return rule, RULE
+    return rule, None
 
 
 def _side(words, env):
-    """Operands with operators between -> (the words with numbers put for letters, the value or None, the rule)."""
-    numbers, rule, op, total, term = [], None, "+", 0, 0
-    for word in words:
-        if word in OPERATORS:
-            op = word
-            numbers.append(word)
-            continue
+    """Evaluate operands with operators between -> (value, None if it is too large, rule, terms, letters).
+
+    terms are the numbers, each after its operator, sorted: both 5 - t and 5 - 2 have ("+5", "-2") if t = 2. letters are
+    the pairs of operator and rule of those operands that are letters.
+    """
+    op, total, term = ("*", 0, 1) if "*" in words else ("+", 0, 0)
+    rule, terms, letters = None, [], []
+    for op, word in zip([op, *words[1::2]], words[::2]):
         number, its_rule, _ = env[word] if word in LETTERS else (word, (None, int(word), ()), None)
-        rule = _combine(rule, op, its_rule) if numbers else its_rule
-        numbers.append(number)
+        rule = _combine(rule, op, its_rule) if terms else its_rule
+        terms.append(op + number)
+        if word in LETTERS:
+            letters.append((op, its_rule))
         if op == "*":
             term *= int(number)
             if abs(term) > LARGEST:                      # before squares of squares get out of hand
-                return numbers, None, NO_RULE
+                return None, NO_RULE, (), ()
         else:
             total, term = total + term, int(number) if op == "+" else -int(number)
     if "*" in words and len(words) > 3:                  # a problem multiplies by one literal, last
         rule = NO_RULE
-    return numbers, total + term, rule
+    return total + term, rule, tuple(sorted(terms)), letters
 
 
 def _combine(a, op, b):

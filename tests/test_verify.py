@@ -102,6 +102,21 @@ ACCEPTED = {
     "one intermediate more": step("lion", "j = P = 2; so J = j = 2"),
     "skipped substitution": re.sub(r" = -?\d+ [-+*] -?\d+ = ", " = ", GOLD),
     "half a substitution": edit(("= 8 + 3 =", "= 8 + C =")),
+    "result twice": edit(("= 8 + 3 = 11", "= 8 + 3 = 11 = 11")),
+    "result of a copy twice": step("lion", "so J = P = 2 = 2"),
+    "result of a leaf twice": step("owl", "so L = 5 = 5"),
+    "result first": step("crow", "so C = 3 = L - P = 5 - 2 = 3"),
+    "result between": step("crow", "so C = L - P = 3 = 5 - 2 = 3"),
+    "result before a copied letter": step("lion", "so J = 2 = P = 2"),
+    "numbers before letters": step("crow", "so C = 5 - 2 = L - P = 3"),
+    "numbers before letters, product": step("hawk", "u = P + C = 2 + 3 = 5; so H = 2 * 5 = u * 2 = 10"),
+    "half a substitution before the letters": edit(("W + C = 8 + 3 =", "W + 3 = W + C =")),
+    "a side twice": edit(("W + C = 8 + 3 =", "W + C = C + W = 8 + 3 = 3 + 8 =")),
+    "letter of a letter": edit(("3 + t = 3 + 5", "3 + t = 3 + L = 3 + 5")),
+    "letter of a letter, the other way": edit(("3 + t = 3 + 5", "3 + L = t + 3 = 3 + 5")),
+    "letter of a letter of a letter": step("wolf", "t = L = 5; i = t = 5; so W = 3 + i = 3 + t = 3 + L = 3 + 5 = 8"),
+    "letter of a sum": edit(("so D = 4 + d = 4 + -3 =", "so D = 4 + d = 4 + P - L = 4 + 2 - 5 = 4 + -3 =")),
+    "another letter between": step("lion", "z = P = 2; so J = P = z = 2"),
     "newlines between steps": GOLD.replace(". ", ".\n\n"),
     "newlines everywhere": GOLD.replace(" ", "\n"),
     "white space": "\t " + GOLD.replace("; ", ";  \r\n") + " \n",
@@ -141,8 +156,14 @@ REJECTED = {
     "number for a parent": (step("lion", "so J = 2"), {V.PARENTS}, True, 1),
     "numbers for parents": (step("wolf", "so W = 3 + 5 = 8"), {V.PARENTS}, True, 1),
     "other parent of the same value": (edit(("e + J = 22 + 2", "e + P = 22 + 2")), {V.PARENTS}, True, 1),
-    "another letter between": (step("lion", "z = P = 2; so J = P = z = 2"), {V.RULE}, True, 0),
     "not a substitution": (edit(("so W = 3 + t = 3 + 5 = 8", "so W = 3 + t = 4 + 4 = 8")), {V.RULE}, True, 0),
+    "not a substitution, before the letters": (edit(("so W = 3 + t = 3 + 5 = 8", "so W = 4 + 4 = 3 + t = 8")), {V.RULE}, True, 0),
+    "numbers swapped in a difference": (step("deer", "d = P - L = 2 - 5 = -3; so D = 4 + d = -3 - -4 = 1"), {V.RULE}, True, 0),
+    "a letter of the same value": (edit(("e + J = 22 + 2", "e + J = e + P = 22 + 2")), {V.RULE}, True, 1),
+    "letters of two halves": (edit(("W + C = 8 + 3 =", "W + 3 = 8 + C =")), {V.RULE}, True, 0),
+    "a letter for a literal": (step("wolf", "t = L = 5; i = 3; so W = 3 + t = i + t = 3 + 5 = 7"), {V.ARITHMETIC}, True, 1),
+    "result in the middle, false": (edit(("= 8 + 3 = 11", "= 8 + 3 = 12 = 11")), {V.ARITHMETIC}, True, 0),
+    "product of a sum without brackets": (edit(("so H = 2 * u = 2 * 5", "so H = 2 * u = 2 * P + C = 2 * 5")), {V.ARITHMETIC}, True, 0),
     "worked out bit by bit": (edit(("so D = 4 + d = 4 + -3 = 1", "so D = 4 + d = 4 + -3 = 2 + -1 = 1")), {V.RULE}, True, 0),
     # letters
     "undefined letter": (edit(("e + J = 22 + 2", "e + z = 22 + 2")), {V.UNDEFINED, V.PARENTS}, True, 1),
@@ -307,6 +328,82 @@ def test_zero_has_one_spelling():
         for ending in (f"Answer: {zero}.", f"</solution> <answer> {zero} </answer>"):
             verdict = V.verify(gold, gold.replace("Answer: 0.", ending))
             assert not verdict["outcome"] and not verdict["strict"] and kinds(verdict) == {V.NO_ANSWER}
+
+
+# (a step, other ways to write it that hide or mix up what the value is made of), after x = 2, y = 2, z = 0, w = 5
+MIXED_UP = [
+    ("so r = a + b = 2 + 2 = 4", ["so r = a + b = a + a = 2 + 2 = 4", "so r = a + b = 2 + 2 = b + b = 4", "so r = a + a = a + b = 4",
+                                  "so r = a + b = 2 + a = 4 + c = 4", "so r = a + b = a * b = 4", "so r = a + b = 2 * 2 = 4",
+                                  "so r = a + b = 4 + 0 = 4", "so r = a + b = 2 + 2 = 1 + 3 = 4", "so r = a + 2 = 2 + b = 4"]),
+    ("so r = a - b = 2 - 2 = 0", ["so r = a - b = b - a = 0", "so r = a - b = a - a = 0", "so r = a - b = 2 - 2 = b - b = 0",
+                                  "so r = 2 - b = a - 2 = 0"]),
+    ("so r = d - a = 5 - 2 = 3", ["so r = d - a = d - b = 5 - 2 = 3", "so r = d - a = 5 + -2 = 3", "so r = d - a = -2 - -5 = 3"]),
+    ("t = a = 2; so r = 2 * t = 2 * 2 = 4", ["t = a = 2; so r = 2 * t = t * t = 2 * 2 = 4", "t = a = 2; so r = 2 * t = a * t = 4",
+                                             "t = a = 2; so r = 2 * t = 2 + 2 = 4", "t = a = 2; so r = 2 * t = 2 * b = 4"]),
+    ("t = a = 2; so r = 2 + t = 2 + 2 = 4", ["t = a = 2; so r = 2 + t = a + t = 4", "t = a = 2; so r = 2 + t = a + 2 = t + a = 4",
+                                             "t = a = 2; so r = 2 + t = b + 2 = 4"]),
+    ("so r = c = 0", ["so r = c = 0 + 0 = 0", "so r = c = c + c = 0", "so r = c = a - b = 0"]),
+    ("so r = 4", ["so r = 4 = 2 + 2 = 4", "so r = 4 = a + b = 4", "so r = 4 = 4 * 1 = 4"]),
+]
+
+
+@pytest.mark.parametrize("gold, other", [(gold, other) for gold, others in MIXED_UP for other in others])
+def test_strict_rejects_sides_that_only_have_the_same_value(gold, other):
+    ending = f". Answer: {gold.split()[-1]}."
+    assert_strict(BEFORE + gold + ending, BEFORE + gold + ending)
+    verdict = V.verify(BEFORE + gold + ending, BEFORE + other + ending)
+    assert verdict["outcome"] and not verdict["strict"] and kinds(verdict) <= {V.RULE, V.PARENTS}
+
+
+# -----------------------------------------------------------------------------
+# equations, against an oracle that lists every right way to write a side
+
+def ways(product, terms, options):
+    """All texts of a side: the terms (sign, operand) in any order, each operand written in any of its ways."""
+    texts = set()
+    for order in itertools.permutations(terms):
+        if order[0][0] == "+":
+            for operands in itertools.product(*(options[x] for _, x in order)):
+                signs = ["", *(" * " if product else f" {sign} " for sign, _ in order[1:])]
+                texts.add("".join(s + x for s, x in zip(signs, operands)))
+    return texts
+
+
+def test_equations_agree_with_an_oracle():
+    rng = random.Random(0)
+    same = Counter()
+    for _ in range(6000):
+        value = {x: rng.randint(0, 3) for x in "abc"} | {"2": 2, "3": 3}
+        product, terms, rule = rng.choice([
+            (False, "+a +b", "a + b"), (False, "+a -b", "a - b"), (False, "+a +b +c", "a + b + c"), (False, "+a", "a"),
+            (False, "+2 +t", "t = a"), (True, "+3 +t", "t = a"), (False, "+2 +a -b", "a - b"), (False, "+3 +a +b", "a + b")])
+        terms = [tuple(term) for term in terms.split()]
+        parents = sorted(set(rule) & set("abc"))
+        before = "".join(f"Define node {x} as {x}; so {x} = {value[x]}. " for x in parents) + "Define r as r; "
+        if "t" in rule:                                  # a copy, so that each of t and a can stand for the other
+            value["t"] = value["a"]
+            before += f"t = a = {value['t']}; "
+        letters = {x: "at" if "t" in rule and x in "at" else x for x in "abct23"}
+        either = {x: [*letters[x], str(value.get(x))] for x in letters}
+        in_letters, right = ways(product, terms, letters), ways(product, terms, either)
+        total = 1 if product else 0
+        for sign, x in terms:
+            total = total * value[x] if product else total + int(sign + "1") * value[x]
+        sides = []
+        for _ in range(rng.randint(1, 4)):
+            words = rng.choice(sorted(rng.choice([in_letters, right, right, {str(total)}]))).split()
+            if rng.random() < 0.15:
+                words[rng.randrange(len(words))] = rng.choice("abct123+-*")
+            sides.append(" ".join(words))
+        expected = (all(side in right or side == str(total) for side in sides) and any(side in in_letters for side in sides)
+                    and ("t" not in rule or any("t" in side for side in sides)))
+        gold_side = sorted(in_letters)[0] if "t" not in rule else f"{terms[0][1]} {'*' if product else '+'} t"
+        gold = f"{before}so r = {gold_side} = {total}. Answer: {total}."
+        response = f"{before}so r = {' = '.join(sides)} = {total}. Answer: {total}."
+        verdict = V.verify(gold, response)
+        assert verdict["strict"] == expected, (gold, response, verdict)
+        same[expected] += 1
+    assert min(same[True], same[False]) > 1500
 
 
 # -----------------------------------------------------------------------------
@@ -586,6 +683,8 @@ FAMILIES = {
     "steps": lambda n: "".join(f"Define n{i} as a; so a = 1. " for i in range(n // 28)),
     "long names": lambda n: (f"Define {'x' * (n // 4)}a as L; so L = 1. Define {'x' * (n // 4)}b as M; so M = 1. "
                              + "Define q as z; so z = L - M = 0. " * (n // 70)),
+    "many sides": lambda n: HEAD + "so P = " + "L + L = L + 5 = 5 + 5 = " * (n // 24) + "10.",
+    "sides of growing length": lambda n: HEAD + "so P = " + "".join("L + " * i + "L = " for i in range(int((n / 2) ** 0.5))) + "5.",
     "garbage in a step": lambda n: f"Define {'x' * (n // 2)} as L; " + "a b; " * (n // 10),
     "digits": lambda n: HEAD + f"so P = {'7' * n}. Answer: {'7' * n}.",
     "answers": lambda n: GOLD + "Answer: 24. <answer> 24 " * (n // 24),
