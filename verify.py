@@ -71,8 +71,7 @@ ENDING = re.compile(rf"(?:Answer: ?({INT}) ?\.(?: ?</solution>)?|</solution> ?<a
                     r"(?: ?<\|endoftext\|>)*")
 ANSWER = re.compile(rf"Answer:(?: ?({INT}) ?\.(?=[ <]|$))?|<answer>(?: ?({INT}) ?</answer>)?")
 
-MAX_PARENTS = 16                       # a step that exceeds either limit is wrong anyway: they bound the time per step
-MAX_NAME = 200
+MAX_PARENTS, MAX_NAME = 16, 200        # a step beyond either limit is wrong anyway: they bound the time per step
 UNCLEAR = "?"                          # the number of a letter that is unreadable or means two things: see `_assign`
 UNKNOWN = frozenset([None])            # parents of an undefined letter, or too many: no node is named None
 NOTHING = (None, None, UNKNOWN)        # what an undefined letter means
@@ -161,17 +160,18 @@ def _step(text, nodes, env):
         so, x, n, letters, x_parents, x_rule, error = _plain(assign, env) or _assign(assign, env)
         parents |= x_parents
         used.update(letters)
-        if bool(so) != last or last and x != letter:     # "so LETTER = ..." comes last, and nothing else has a "so"
+        if (so is None) == last or last and x != letter:  # "so LETTER = ..." comes last, and nothing else has a "so"
             x_rule, error = None, UNPARSABLE
         if error:
             errors.append(f"{error}: {name}, {_short(assign)}")
         if x == letter:
             number, rule = n, x_rule
         if x in LETTERS and not (last and x == letter):  # an intermediate
-            if error != UNPARSABLE and (x == letter or x in env):
+            meaning = env.get(x)
+            if error != UNPARSABLE and (meaning or x == letter):
                 errors.append(f"{REDEFINED}: {name}, letter {x}")
-            outside.setdefault(x, env.get(x))
-            n = n if env.get(x, NOTHING)[0] is None else UNCLEAR
+            outside.setdefault(x, meaning)
+            n = n if not meaning or meaning[0] is None else UNCLEAR
             env[x] = n, x_rule, x_parents if len(x_parents) <= MAX_PARENTS else UNKNOWN
     for x, meaning in outside.items():
         if not meaning and x != letter and x not in used and not any(e.startswith((UNPARSABLE, UNDEFINED)) for e in errors):
@@ -353,8 +353,8 @@ def _compare(gold, trace):
                 error = None
             elif not same_parents:
                 error = PARENTS
-            elif step.rule != goal.rule or step.rule == NO_RULE:
-                error = RULE if step.parents or step.rule == NO_RULE else VALUE      # a leaf's literal is its value
+            elif step.rule != goal.rule or not step.rule:
+                error = RULE if step.parents or not step.rule else VALUE     # a leaf's literal is its value
             else:
                 error = None if same_value else VALUE
             if error and not any(e.partition(":")[0] in CAUSES[error] for e in errors):
