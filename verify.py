@@ -1,5 +1,5 @@
 """
-Reads a written solution back into a graph, says how right it is, and what reward that earns.
+Parses a written solution back into a graph, judges it, and turns the verdict into a reward.
 
 A solution defines nodes in steps, then states an answer in one of two forms:
 
@@ -8,10 +8,20 @@ A solution defines nodes in steps, then states an answer in one of two forms:
     </solution> <answer> 7 </answer>        as the model does
 
 `parse` turns such a text into steps with parents, values and rules. `verify` compares a response with the gold solution
-of its problem. Both take any response at all, in linear time, and never raise because of one.
+of its problem. Both accept any response at all, take linear time, and never raise because of one.
 
-    python verify.py rows.jsonl                                     # every row's own solution should be right
-    python verify.py rows.jsonl --responses r.jsonl --out v.jsonl   # score responses
+    python verify.py rows.jsonl                                     every row's own solution, which should be right
+    python verify.py rows.jsonl --responses r.jsonl --out v.jsonl   score responses
+
+    rows.jsonl   one JSON object a line with the gold "solution", as data.py writes them
+    r.jsonl      {"row": 0, "response": "Define ... . </solution> <answer> 7 </answer>"}, row counted from 0
+    v.jsonl      {"row", "outcome", "process", "verified", "strict", "errors"}, one line per response, in order
+
+A response in a file may begin with the prompt of its row, "<question> problem question </question> <solution>".
+On stdout goes one JSON object: how many responses were scored, how many of them are right by outcome, verified and
+strict, the mean of process, and in how many responses each kind of error occurs:
+
+    {"rows": 1000, "responses": 1000, "outcome": 1000, "process": 1.0, "verified": 1000, "strict": 1000, "errors": {}}
 """
 import argparse
 import collections
@@ -29,11 +39,14 @@ from typing import NamedTuple, Optional
 MISSING, EXTRA = "missing node", "extra node"
 PARENTS, VALUE, RULE = "wrong parents", "wrong value", "wrong operator or literal"
 ARITHMETIC = "false arithmetic"        # an equality that does not hold
-UNDEFINED = "undefined letter"         # without a value so far, or another step's intermediate
+UNDEFINED = "undefined letter"         # not defined so far, or another step's intermediate
 REDEFINED = "redefinition"             # a letter or a node defined a second time
 UNUSED = "unused letter"               # an intermediate that nothing in its step uses
 WRONG_ANSWER, NO_ANSWER, SEVERAL = "wrong answer", "no answer", "several answers"
 UNPARSABLE, STRAY = "unparsable step", "stray text"
+
+# One mistake gets one name: a difference from the gold step is not named where an error of the step itself causes it.
+CAUSES = {error: {UNPARSABLE, UNDEFINED, UNUSED, RULE} for error in (PARENTS, RULE)} | {VALUE: {UNPARSABLE, ARITHMETIC}}
 
 REWARDS = ("outcome", "process", "mixed", "strict")
 
@@ -41,12 +54,10 @@ REWARDS = ("outcome", "process", "mixed", "strict")
 # text -> graph
 
 LETTERS = frozenset(string.ascii_letters)
-OPERATORS = frozenset("+-*")
 LETTER = re.compile(r"\b[A-Za-z]\b")
-# [0-9] because \d also matches the digits of other scripts; 18 because the data needs 4 digits, and int() of a number
-# without end is slow and then refused. A longer number is no number.
-INT = "-?[0-9]{1,18}"
-NUMBER = re.compile(INT)
+# An integer has one spelling: no leading zeros, no -0. [0-9] because \d also matches the digits of other scripts. At most
+# 18 digits, because the data needs 4, and int() is slow for very long numbers and then refuses them.
+INT = "(?:0|-?[1-9][0-9]{0,17})"
 LARGEST = 10 ** 18
 OPERAND = f"(?:[A-Za-z]|{INT})"
 EXPR = f"{OPERAND}(?: [-+*] {OPERAND})*"
@@ -60,11 +71,11 @@ ENDING = re.compile(rf"(?:Answer: ?({INT}) ?\.(?: ?</solution>)?|</solution> ?<a
                     r"(?: ?<\|endoftext\|>)*")
 ANSWER = re.compile(rf"Answer:(?: ?({INT}) ?\.(?=[ <]|$))?|<answer>(?: ?({INT}) ?</answer>)?")
 
-MAX_PARENTS = 16                       # past these two a step is wrong whatever follows, so that none takes long
-MAX_NAME = 200
+MAX_PARENTS, MAX_NAME = 16, 200        # a step beyond either limit is wrong anyway: they bound the time per step
+UNCLEAR = "?"                          # the number of a letter that is unreadable or means two things: see `_assign`
 UNKNOWN = frozenset([None])            # parents of an undefined letter, or too many: no node is named None
-NOTHING = (None, None, UNKNOWN)        # what an undefined letter stands for
-NO_RULE = ()                           # of a value that comes from its parents as in no problem
+NOTHING = (None, None, UNKNOWN)        # what an undefined letter means
+NO_RULE = ()                           # the rule of a value computed as in no problem
 
 
 class Step(NamedTuple):
@@ -74,7 +85,7 @@ class Step(NamedTuple):
     letter: str = ""
     parents: frozenset = UNKNOWN        # names of the nodes whose letters it uses, directly or through intermediates
     value: Optional[int] = None         # the last integer written for its letter
-    rule: Optional[tuple] = None        # how the value comes from the parents, see `_combine`; None if unreadable
+    rule: Optional[tuple] = None        # how the value comes from the parents, see `_combine`; None if that is unknown
     errors: tuple = ()
 
 
@@ -92,16 +103,12 @@ class Trace(NamedTuple):
 
 
 def parse(text):
-    """Any text -> Trace. Linear in len(text), never raises.
+    """Parse a solution, any text at all, into a Trace. Linear in len(text), never raises.
 
-    Takes both forms of a solution, with or without its prompt. Any white space counts as one space. The steps end where
-    the first answer begins: nothing written later counts for them. A letter means what it last meant at that point.
+    Takes both forms of a solution, without its prompt: text before the first step is an error. Any white space counts
+    as one space. The steps end where the first answer begins: nothing written later counts for them.
     """
     text = " ".join(text.split())
-    prompt, tag, solution = text.partition("<solution>")
-    asked = prompt.startswith("<question>") and prompt.rstrip().endswith("</question>")
-    if tag and (not prompt or asked and not any(mark in prompt for mark in (*ENDS, "Define "))):
-        text = solution  # steps or an answer before it would be a second solution, and stay
     end = min([i for i in map(text.find, ENDS) if i >= 0], default=len(text))
     before, *chunks = text[:end].split("Define ")
     answers, errors = _answers(text[end:])
@@ -117,21 +124,22 @@ def parse(text):
 
 
 def _answers(ending):
-    """What follows the steps -> (answers, errors)."""
+    """Parse what follows the steps -> (answers, errors)."""
     well_formed = ENDING.fullmatch(ending)
     if well_formed:
-        return [int(well_formed[1] or well_formed[2])], []
-    written = [m[1] or m[2] for m in ANSWER.finditer(ending)]
-    answers = [int(n) if n else None for n in written]
-    if len(answers) > 1:
-        return answers, [f"{SEVERAL}: {_short(ending)}"]
-    if answers in ([], [None]):
-        return answers, [f"{NO_ANSWER}: {_short(ending) or 'the text ends before it'}"]
-    return answers, [f"{STRAY}: {_short(ending)}"]
+        return [int(well_formed[well_formed.lastindex])], []
+    answers = [int(m[m.lastindex]) if m.lastindex else None for m in ANSWER.finditer(ending)]
+    error = SEVERAL if len(answers) > 1 else NO_ANSWER if answers in ([], [None]) else STRAY
+    return answers, [f"{error}: {_short(ending) or 'the text ends before it'}"]
 
 
 def _step(text, nodes, env):
-    """The text after one "Define " -> Step. Enters its letters in env: letter -> (number as written, rule, parents)."""
+    """Parse the text after one "Define " -> Step.
+
+    nodes holds the nodes defined so far, and env what each letter means so far: (number as written, rule, parents). The
+    step adds its own letter to env. An intermediate counts only inside its step: afterwards its letter has no number, or
+    means again what it meant before.
+    """
     header, _, body = text.partition(";")
     name, _, letter = header.rpartition(" as ")
     if not 0 < len(name) <= MAX_NAME or letter not in LETTERS:
@@ -143,31 +151,34 @@ def _step(text, nodes, env):
         errors.append(f"{REDEFINED}: {name}, letter {letter}")
     if not body.endswith("."):
         errors.append(f"{UNPARSABLE}: {name}, no full stop at its end")
-    itself, me = (None, None, ("+" + name,)), frozenset([name])
-    env[letter] = None, itself, me
-    value, rule, parents, own, used = None, None, set(), set(), set()       # own: letters of intermediates
-
+    itself, earlier = (None, None, ("+" + name,)), env.get(letter, NOTHING)
+    # outside: letter of an intermediate -> what it means outside the step
+    number, rule, parents, used, outside = UNCLEAR, None, set(), set(), {}
     assigns = body.removesuffix(".").split(";")
     for i, assign in enumerate(assigns, 1):
-        assign = assign.strip()
-        so, x, n, letters, above, how, error = _plain(assign, env) or _assign(assign, env)
-        parents |= above
+        assign, last = assign.strip(), i == len(assigns)
+        so, x, n, letters, x_parents, x_rule, error = _plain(assign, env) or _assign(assign, env)
+        parents |= x_parents
         used.update(letters)
-        if not bool(so) == (x == letter) == (i == len(assigns)):
-            how, error = None, UNPARSABLE                # "so LETTER = ..." comes last, and nothing else has a "so"
-        elif x != letter and x in env and error != UNPARSABLE:
-            how, error = None, REDEFINED
+        if (so is None) == last or last and x != letter:  # "so LETTER = ..." comes last, and nothing else has a "so"
+            x_rule, error = None, UNPARSABLE
         if error:
             errors.append(f"{error}: {name}, {_short(assign)}")
         if x == letter:
-            value, rule, env[x] = n and int(n), how, (n, itself, me)
-        elif x in LETTERS:
-            env[x] = n, how, above if len(above) <= MAX_PARENTS else UNKNOWN
-            own.add(x)
-    for x in sorted(own):
-        env[x] = None, None, env[x][2]                   # outside its step an intermediate has no value
-        if x not in used:
+            number, rule = n, x_rule
+        if x in LETTERS and not (last and x == letter):  # an intermediate
+            meaning = env.get(x)
+            if error != UNPARSABLE and (meaning or x == letter):
+                errors.append(f"{REDEFINED}: {name}, letter {x}")
+            outside.setdefault(x, meaning)
+            n = n if not meaning or meaning[0] is None else UNCLEAR
+            env[x] = n, x_rule, x_parents if len(x_parents) <= MAX_PARENTS else UNKNOWN
+    for x, meaning in outside.items():
+        if not meaning and x != letter and x not in used and not any(e.startswith((UNPARSABLE, UNDEFINED)) for e in errors):
             errors.append(f"{UNUSED}: {name}, letter {x}")
+        env[x] = meaning or (None, None, env[x][2])
+    value = None if number == UNCLEAR else int(number)
+    env[letter] = number if earlier[0] is None or earlier[1] == itself else UNCLEAR, itself, frozenset([name])
     return Step(name, text, letter, frozenset(parents), value, rule, tuple(errors))
 
 
@@ -192,103 +203,93 @@ def _plain(assign, env):
 
 
 def _assign(assign, env):
-    """Any assignment -> ("so " or None, letter, number or None, letters used, their parents, rule, error or None)."""
+    """Parse any assignment -> ("so " or None, letter, number, letters used, their parents, rule or None, error or None).
+
+    An equation that uses an UNCLEAR letter is not judged: the error is named where the letter became unclear.
+    """
     m = ASSIGN.fullmatch(assign)
     if m:
         so, x, sides, n = m.groups()
-        words = sides.split(" ")
-        letters = LETTERS.intersection(words)
-    else:
-        so, (x, n, letters) = None, _garbled(assign)
-    how, error, above = None, None, set()
-    for y in letters:
-        number, _, parents_y = env.get(y, NOTHING)
-        above |= parents_y
-        if number is None:
-            error = UNDEFINED
-    if m and not error:
-        how, error = _check(words, n, env)
-    return so, x, n, letters, above, how, error if m else UNPARSABLE
+        letters = LETTERS.intersection(sides.split(" "))
+    else:                                                # what can be made of it
+        so, (x, *sides) = None, assign.removeprefix("so ").split(" = ")
+        n = sides[-1] if sides and re.fullmatch(INT, sides[-1]) else UNCLEAR
+        letters = set(LETTER.findall(assign, assign.find("=") + 1))
+    numbers, _, parents = zip(*[env.get(y, NOTHING) for y in letters]) if letters else ((), (), ())
+    rule, error = None, UNPARSABLE if not m else UNDEFINED if None in numbers else None
+    if not error and UNCLEAR not in numbers:
+        rule, error = _check(sides, n, env)
+    return so, x, n, letters, frozenset().union(*parents), rule, error
 
 
-def _garbled(assign):
-    """What can be made of text that is no ASSIGN -> (its first word, number or None, letters after the first "=")."""
-    x, *sides = assign.removeprefix("so ").split(" = ")
-    n = sides[-1] if sides and NUMBER.fullmatch(sides[-1]) else None
-    return x, n, set(LETTER.findall(assign, assign.find("=") + 1))
+def _check(sides, n, env):
+    """Check an equation, its sides "e1 = e2 = ... = " and the number n at its end -> (rule, name of the first error or None).
 
-
-def _check(words, n, env):
-    """The words of "e1 = e2 = ... = ", not none, before a number n -> (rule of e1, name of the first error or None).
-
-    Every side must come to n, and those after e1 must be e1 with numbers put for letters: 3 + t = 3 + 2 = 5 and not
-    3 + t = 4 + 1 = 5, though the operands of + and * may change places.
+    Every side must come to n. The side with the most letters gives the rule. Any other side must be n itself, or follow
+    the same rule in letters (3 + t = 3 + L where t = L), or be such a side with numbers put for letters (3 + t = 3 + 5).
+    So it may not be another expression that happens to have the same value: not 3 + t = 4 + 4, and not a + b = a + a.
+    The terms of a sum and the factors of a product may change places.
     """
-    first, rest = words[:words.index("=")], words[words.index("=") + 1:-2]
-    numbers, value, rule = _side(first, env)
-    if value != int(n):
-        return rule, ARITHMETIC
-    if not rest or rest == numbers:
-        return rule, None
-    error, letters, in_order = None, LETTERS.intersection(first), sorted(numbers)
-    commutes = "-" not in first and not ("+" in first and "*" in first)
-    for side in " ".join(rest).split(" = "):
-        side = side.split(" ")
-        other, value, _ = _side(side, env)
-        if value != int(n):
-            return rule, ARITHMETIC
-        same = other == numbers or commutes and len(other) == len(numbers) and sorted(other) == in_order
-        if not same or not letters.issuperset(LETTERS.intersection(side)):
-            error = RULE
-    return rule, error
+    values, rules, terms, letters = zip(*[_side(side.split(" "), env) for side in sides.removesuffix(" = ").split(" = ")])
+    if any(value != int(n) for value in values):
+        return next((r for r, l in zip(rules, letters) if l), rules[0]), ARITHMETIC
+    rule, _ = max(zip(rules, letters), key=lambda side: len(side[1]))
+    in_letters = {t: collections.Counter(l) for r, t, l in zip(rules, terms, letters) if r == rule}
+    for r, t, l in zip(rules, terms, letters):
+        is_result = t == ("+" + n,) and not l
+        in_numbers = t in in_letters and not collections.Counter(l) - in_letters[t]
+        if not (r == rule or is_result or in_numbers):
+            return rule, RULE
+    return rule, None
 
 
 def _side(words, env):
-    """Operands with operators between -> (the words with numbers put for letters, the value or None, the rule)."""
-    numbers, rule, op, total, term = [], None, "+", 0, 0
-    for word in words:
-        if word in OPERATORS:
-            op = word
-            numbers.append(word)
-            continue
+    """Evaluate operands with operators between -> (value, None if it is too large, rule, terms, letters).
+
+    terms are the numbers, each after its operator, sorted: both 5 - t and 5 - 2 have ("+5", "-2") if t = 2. letters are
+    the pairs of operator and rule of those operands that are letters.
+    """
+    op, total, term = ("*", 0, 1) if "*" in words else ("+", 0, 0)
+    rule, terms, letters = None, [], []
+    for op, word in zip([op, *words[1::2]], words[::2]):
         number, its_rule, _ = env[word] if word in LETTERS else (word, (None, int(word), ()), None)
-        rule = _combine(rule, op, its_rule) if numbers else its_rule
-        numbers.append(number)
+        rule = _combine(rule, op, its_rule) if terms else its_rule
+        terms.append(op + number)
+        if word in LETTERS:
+            letters.append((op, its_rule))
         if op == "*":
             term *= int(number)
             if abs(term) > LARGEST:                      # before squares of squares get out of hand
-                return numbers, None, NO_RULE
+                return None, NO_RULE, (), ()
         else:
             total, term = total + term, int(number) if op == "+" else -int(number)
     if "*" in words and len(words) > 3:                  # a problem multiplies by one literal, last
         rule = NO_RULE
-    return numbers, total + term, rule
+    return total + term, rule, tuple(sorted(terms)), letters
 
 
 def _combine(a, op, b):
     """Two rules and an operator -> a rule, (factor, literal, terms) or NO_RULE.
 
     A rule stands for factor * (literal + sum of terms), where factor and literal are None if there is none, and terms
-    is a sorted tuple of "+name" and "-name". So it forgets letters, order and the division of a sum into intermediates,
-    but literals and repeated parents stay apart and nothing cancels. NO_RULE is for what no problem asks: two literals,
-    a literal subtracted, a product of letters, a product inside a sum.
+    is a sorted tuple of "+name" and "-name". So letters, order and intermediates do not change the rule of a sum, while
+    literals and repeated parents do, and nothing cancels. NO_RULE is for what no problem asks: two literals, a literal
+    subtracted, a product of letters, a product inside a sum. The result is None if a or b is.
     """
     if not a or not b or a[0] is not None or b[0] is not None or a[1] is not None and b[1] is not None:
-        return NO_RULE
+        return None if a is None or b is None else NO_RULE
     (_, m, terms), (_, n, terms_b) = a, b
     if op == "*":
         return NO_RULE if terms and terms_b else (n if terms else m, None, terms or terms_b)
-    if op == "-":
-        if n is not None:
-            return NO_RULE
-        terms_b = tuple([("-" if t[0] == "+" else "+") + t[1:] for t in terms_b])
-    if len(terms) + len(terms_b) > MAX_PARENTS:
+    if op == "-" and n is not None or len(terms) + len(terms_b) > MAX_PARENTS:
         return NO_RULE
+    if op == "-":
+        terms_b = tuple([("-" if t[0] == "+" else "+") + t[1:] for t in terms_b])
     return None, n if m is None else m, tuple(sorted(terms + terms_b))
 
 
 def _short(text, n=80):
-    """An excerpt for a message."""
+    """At most n characters of the text, for a message."""
     return text if len(text) <= n else text[:n - 3] + "..."
 
 
@@ -315,7 +316,8 @@ def verify(gold, response):
     strict    bool, verified, and the text proves it: true arithmetic, letters and nodes defined once and before use,
               each value from its parents by the gold operators and literals (+ and * commute), nothing extra, and one
               answer, which is the last node's value
-    errors    list of "name of the error: detail", empty exactly when strict
+    errors    list of "name of the error: detail", empty exactly when strict; a step's mistake has one name, not also those
+              of its consequences in that step
 
     Raises ValueError if the gold solution has no node or no answer, and never because of the response.
     """
@@ -342,15 +344,21 @@ def _compare(gold, trace):
     for step in trace.steps:
         errors = [*step.errors]
         if step.name in gold.nodes:
-            of_gold = gold.nodes[step.name][-1]
-            if step.parents != of_gold.parents:
-                errors.append(f"{PARENTS}: {step.name}")
+            goal = gold.nodes[step.name][-1]
+            same_parents = step.parents == goal.parents
+            same_value = step.value is not None and step.value == goal.value
+            if not (same_parents and same_value):
                 wrong.add(step.name)
-            elif step.rule is not None and (step.rule != of_gold.rule or step.rule == NO_RULE):
-                errors.append(f"{RULE}: {step.name}")
-            if step.value != of_gold.value or step.value is None:
-                errors.append(f"{VALUE}: {step.name}")
-                wrong.add(step.name)
+            if step.rule is None:                        # not comparable: an error of this or an earlier step says why
+                error = None
+            elif not same_parents:
+                error = PARENTS
+            elif step.rule != goal.rule or not step.rule:
+                error = RULE if step.parents or not step.rule else VALUE     # a leaf's literal is its value
+            else:
+                error = None if same_value else VALUE
+            if error and not any(e.partition(":")[0] in CAUSES[error] for e in errors):
+                errors.append(f"{error}: {step.name}")
         elif step.name is not None:
             errors.append(f"{EXTRA}: {step.name}")
         judged.append((f"Define {step.text}", errors))
@@ -359,7 +367,7 @@ def _compare(gold, trace):
     said, errors = trace.answer, trace.errors
     if said is not None and said != gold.answer:
         errors = [*errors, f"{WRONG_ANSWER}: {said}, not {gold.answer}"]
-    elif said is not None and trace.steps and said != trace.steps[-1].value:
+    elif said is not None and trace.steps and trace.steps[-1].value not in (said, None):
         errors = [*errors, f"{WRONG_ANSWER}: {said} is not the value of the last step"]
     judged.append((f"Answer: {'none' if said is None else said}", errors))
     return (len(gold.nodes) - len(missing) - len(wrong)) / len(gold.nodes), judged
@@ -382,21 +390,6 @@ def reward(verdict, kind, alpha=0.2):
 # -----------------------------------------------------------------------------
 # command line
 
-HELP = """
-rows.jsonl   one JSON object a line with the gold "solution", as data.py writes them
-r.jsonl      {"row": 0, "response": "Define ... . </solution> <answer> 7 </answer>"}, row counted from 0
-v.jsonl      {"row", "outcome", "process", "verified", "strict", "errors"}, one line per response, in order
-
-On stdout goes one JSON object: how many responses were scored, how many of them are right by outcome, verified and
-strict, the mean of process, and in how many responses each kind of error occurs.
-
-example:
-  python data.py --ops 2-10 --n 1000 --out rows.jsonl
-  python verify.py rows.jsonl
-  {"rows": 1000, "responses": 1000, "outcome": 1000, "process": 1.0, "verified": 1000, "strict": 1000, "errors": {}}
-"""
-
-
 def read_jsonl(path, field):
     """The objects of a file, one JSON object a line, each with text in `field`. Raises OSError, ValueError."""
     objects = []
@@ -416,6 +409,14 @@ def read_jsonl(path, field):
     return objects
 
 
+def without_prompt(text, row):
+    """The text, without the row's own prompt if it begins with that. White space does not matter."""
+    if not isinstance(row.get("problem"), str) or not isinstance(row.get("question"), str):
+        return text
+    prompt = f"<question> {row['problem']} {row['question']} </question> <solution>"
+    return " ".join(text.split()).removeprefix(" ".join(prompt.split()))
+
+
 def write_whole(path, text):
     """Writes a file or, if that fails, leaves what was there. Raises OSError."""
     tmp = f"{path}.{os.getpid()}.tmp"
@@ -429,18 +430,15 @@ def write_whole(path, text):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Scores written solutions against the gold solutions of their problems.",
-        epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", help="the problems")
     parser.add_argument("--responses", metavar="r.jsonl", help="what to score (default: each row's own solution)")
     parser.add_argument("--out", metavar="v.jsonl", help="where the verdicts go (default: nowhere)")
     args = parser.parse_args(argv)
     try:
         rows = read_jsonl(args.rows, "solution")
-        responses = [{"row": i, "response": row["solution"]} for i, row in enumerate(rows)]
-        if args.responses is not None:
-            responses = read_jsonl(args.responses, "response")
+        responses = (read_jsonl(args.responses, "response") if args.responses is not None else
+                     [{"row": i, "response": row["solution"]} for i, row in enumerate(rows)])
         for i, r in enumerate(responses, 1):
             if type(r.get("row")) is not int or not 0 <= r["row"] < len(rows):
                 raise ValueError(f'{args.responses}, response {i}: its "row" must be from 0 to {len(rows) - 1}')
@@ -451,11 +449,12 @@ def main(argv=None):
             if out in map(os.path.realpath, inputs):
                 raise ValueError(f"--out {args.out} would replace an input")
         verdicts = []
-        for r in responses:
+        for i, response in ((r["row"], r["response"]) for r in responses):
+            gold, response = (without_prompt(text, rows[i]) for text in (rows[i]["solution"], response))
             try:
-                verdicts.append({"row": r["row"], **verify(rows[r["row"]]["solution"], r["response"])})
+                verdicts.append({"row": i, **verify(gold, response)})
             except ValueError as e:
-                raise ValueError(f"{args.rows}, row {r['row']}: {e}")
+                raise ValueError(f"{args.rows}, row {i}: {e}")
         if args.out is not None:
             write_whole(out, "".join(json.dumps(v) + "\n" for v in verdicts))
     except (OSError, ValueError) as e:

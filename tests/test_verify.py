@@ -84,10 +84,8 @@ ACCEPTED = {
     "itself": GOLD,
     "the model's form": MODEL,
     "leading space": " " + MODEL,
-    "solution tag": "<solution> " + MODEL,
-    "whole prompt": "<question> The number of owl equals 5. What is the total? </question> <solution> " + MODEL,
     "end of text": MODEL + "<|endoftext|>",
-    "spaced end of text": "<solution> " + MODEL + " <|endoftext|>",
+    "spaced end of text": MODEL + " <|endoftext|>",
     "padding": MODEL + "<|endoftext|>" * 3,
     "data form, then end of text": GOLD + "<|endoftext|>",
     "data form, closed": GOLD + " </solution>",
@@ -104,6 +102,21 @@ ACCEPTED = {
     "one intermediate more": step("lion", "j = P = 2; so J = j = 2"),
     "skipped substitution": re.sub(r" = -?\d+ [-+*] -?\d+ = ", " = ", GOLD),
     "half a substitution": edit(("= 8 + 3 =", "= 8 + C =")),
+    "result twice": edit(("= 8 + 3 = 11", "= 8 + 3 = 11 = 11")),
+    "result of a copy twice": step("lion", "so J = P = 2 = 2"),
+    "result of a leaf twice": step("owl", "so L = 5 = 5"),
+    "result first": step("crow", "so C = 3 = L - P = 5 - 2 = 3"),
+    "result between": step("crow", "so C = L - P = 3 = 5 - 2 = 3"),
+    "result before a copied letter": step("lion", "so J = 2 = P = 2"),
+    "numbers before letters": step("crow", "so C = 5 - 2 = L - P = 3"),
+    "numbers before letters, product": step("hawk", "u = P + C = 2 + 3 = 5; so H = 2 * 5 = u * 2 = 10"),
+    "half a substitution before the letters": edit(("W + C = 8 + 3 =", "W + 3 = W + C =")),
+    "a side twice": edit(("W + C = 8 + 3 =", "W + C = C + W = 8 + 3 = 3 + 8 =")),
+    "letter of a letter": edit(("3 + t = 3 + 5", "3 + t = 3 + L = 3 + 5")),
+    "letter of a letter, the other way": edit(("3 + t = 3 + 5", "3 + L = t + 3 = 3 + 5")),
+    "letter of a letter of a letter": step("wolf", "t = L = 5; i = t = 5; so W = 3 + i = 3 + t = 3 + L = 3 + 5 = 8"),
+    "letter of a sum": edit(("so D = 4 + d = 4 + -3 =", "so D = 4 + d = 4 + P - L = 4 + 2 - 5 = 4 + -3 =")),
+    "another letter between": step("lion", "z = P = 2; so J = P = z = 2"),
     "newlines between steps": GOLD.replace(". ", ".\n\n"),
     "newlines everywhere": GOLD.replace(" ", "\n"),
     "white space": "\t " + GOLD.replace("; ", ";  \r\n") + " \n",
@@ -117,72 +130,82 @@ def test_strict_accepts(response):
 
 
 def test_gold_is_accepted_in_every_form_too():
-    forms = [GOLD, MODEL, "<solution> " + MODEL + "<|endoftext|>", "<question> q </question> <solution> " + MODEL]
-    for gold, response in itertools.product(forms, forms):
+    forms = [GOLD, MODEL, " " + MODEL + "<|endoftext|>"]
+    for gold, response in itertools.product([*forms, "<question> q </question> <solution> " + MODEL], forms):
         assert_strict(response, gold)
 
 
 # -----------------------------------------------------------------------------
-# strict rejects: response, kinds of error that it must have, outcome, wrong nodes of the eight
+# strict rejects: response, its kinds of error (one for one mistake), outcome, wrong nodes of the eight
 
 LAST = "so T = e + J = 22 + 2 = 24. "
 REJECTED = {
     # wrong reasoning
     "false substitution": (edit(("W + C = 8 + 3 =", "W + C = 40 + 50 =")), {V.ARITHMETIC}, True, 0),
-    "false last equality": (step("lion", "so J = P = 3"), {V.ARITHMETIC, V.VALUE}, True, 1),
+    "false last equality": (step("lion", "so J = P = 3"), {V.ARITHMETIC}, True, 1),
     "false copy": (step("wolf", "t = L = 99; so W = 3 + t = 3 + 99 = 8"), {V.ARITHMETIC}, True, 0),
     "changed literal": (edit(("so W = 3 + t = 3 + 5 =", "so W = 9 + t = 9 + 5 =")), {V.ARITHMETIC, V.RULE}, True, 0),
-    "changed literal, true": (edit(("so W = 3 + t = 3 + 5 = 8", "so W = 9 + t = 9 + 5 = 14")), {V.RULE, V.VALUE}, True, 1),
+    "changed literal, true": (edit(("so W = 3 + t = 3 + 5 = 8", "so W = 9 + t = 9 + 5 = 14")), {V.RULE, V.ARITHMETIC}, True, 1),
     "changed leaf": (step("owl", "so L = 6"), {V.VALUE, V.ARITHMETIC}, True, 1),
     "product for sum": (edit(("W + C = 8 + 3 = 11", "W * C = 8 * 3 = 11")), {V.ARITHMETIC, V.RULE}, True, 0),
     "reversed difference": (edit(("so C = L - P = 5 - 2", "so C = P - L = 2 - 5")), {V.ARITHMETIC, V.RULE}, True, 0),
-    "reversed difference, true": (step("crow", "so C = P - L = 2 - 5 = -3"), {V.RULE, V.VALUE}, True, 1),
+    "reversed difference, true": (step("crow", "so C = P - L = 2 - 5 = -3"), {V.RULE, V.ARITHMETIC}, True, 1),
     "letters without arithmetic": (step("crow", "so C = L P = 3"), {V.UNPARSABLE}, True, 0),
-    "a letter and a number": (step("crow", "so C = L - P 3"), {V.UNPARSABLE, V.VALUE}, True, 1),
-    "nothing but letters": (step("lion", "so J = P"), {V.UNPARSABLE, V.VALUE}, True, 1),
+    "a letter and a number": (step("crow", "so C = L - P 3"), {V.UNPARSABLE}, True, 1),
+    "nothing but letters": (step("lion", "so J = P"), {V.UNPARSABLE}, True, 1),
     "number for a parent": (step("lion", "so J = 2"), {V.PARENTS}, True, 1),
     "numbers for parents": (step("wolf", "so W = 3 + 5 = 8"), {V.PARENTS}, True, 1),
     "other parent of the same value": (edit(("e + J = 22 + 2", "e + P = 22 + 2")), {V.PARENTS}, True, 1),
-    "another letter between": (step("lion", "z = P = 2; so J = P = z = 2"), {V.RULE}, True, 0),
     "not a substitution": (edit(("so W = 3 + t = 3 + 5 = 8", "so W = 3 + t = 4 + 4 = 8")), {V.RULE}, True, 0),
+    "not a substitution, before the letters": (edit(("so W = 3 + t = 3 + 5 = 8", "so W = 4 + 4 = 3 + t = 8")), {V.RULE}, True, 0),
+    "numbers swapped in a difference": (step("deer", "d = P - L = 2 - 5 = -3; so D = 4 + d = -3 - -4 = 1"), {V.RULE}, True, 0),
+    "a letter of the same value": (edit(("e + J = 22 + 2", "e + J = e + P = 22 + 2")), {V.RULE}, True, 1),
+    "letters of two halves": (edit(("W + C = 8 + 3 =", "W + 3 = 8 + C =")), {V.RULE}, True, 0),
+    "a letter for a literal": (step("wolf", "t = L = 5; i = 3; so W = 3 + t = i + t = 3 + 5 = 7"), {V.ARITHMETIC}, True, 1),
+    "result in the middle, false": (edit(("= 8 + 3 = 11", "= 8 + 3 = 12 = 11")), {V.ARITHMETIC}, True, 0),
+    "product of a sum without brackets": (edit(("so H = 2 * u = 2 * 5", "so H = 2 * u = 2 * P + C = 2 * 5")), {V.ARITHMETIC}, True, 0),
     "worked out bit by bit": (edit(("so D = 4 + d = 4 + -3 = 1", "so D = 4 + d = 4 + -3 = 2 + -1 = 1")), {V.RULE}, True, 0),
     # letters
-    "undefined letter": (edit(("e + J = 22 + 2", "e + z = 22 + 2")), {V.UNDEFINED, V.PARENTS}, True, 1),
-    "letter used before its step": (STEPS["lion"] + GOLD.replace(STEPS["lion"], ""), {V.UNDEFINED, V.PARENTS}, True, 1),
+    "undefined letter": (edit(("e + J = 22 + 2", "e + z = 22 + 2")), {V.UNDEFINED}, True, 1),
+    "letter used before its step": (STEPS["lion"] + GOLD.replace(STEPS["lion"], ""), {V.UNDEFINED}, True, 1),
     "letter used before its value": (edit(("Define owl as L; so L = 5. ", ""), (STEPS["wolf"], "Define owl as L; q = L = 5; so L = 5. " + STEPS["wolf"])),
-                                     {V.UNDEFINED, V.PARENTS}, True, 1),
-    "node made from itself": (step("lion", "so J = J = 2"), {V.UNDEFINED, V.PARENTS}, True, 1),
-    "intermediate made from itself": (edit(("t = L = 5", "t = t = 5")), {V.UNDEFINED, V.PARENTS}, True, 1),
+                                     {V.UNDEFINED}, True, 1),
+    "node made from itself": (step("lion", "so J = J = 2"), {V.UNDEFINED}, True, 1),
+    "intermediate made from itself": (edit(("t = L = 5", "t = t = 5")), {V.UNDEFINED}, True, 1),
     "letter of two nodes": (edit(("Define lion as J; so J = P", "Define lion as H; so H = P"), ("e + J", "e + H")),
                             {V.REDEFINED}, True, 1),
     "intermediate takes a node's letter": (step("hawk", "W = P + C = 2 + 3 = 5; so H = 2 * W = 2 * 5 = 10"),
-                                           {V.REDEFINED}, True, 1),
+                                           {V.REDEFINED}, True, 0),
     "node takes an intermediate's letter": (edit(("Define hawk as H; u = P + C = 2 + 3 = 5; so H = 2 * u", "Define hawk as t; u = P + C = 2 + 3 = 5; so t = 2 * u"),
                                                  ("b + H", "b + t")), {V.REDEFINED}, True, 0),
+    "own letter for an intermediate": (step("wolf", "W = L = 5; so W = 3 + W = 3 + 5 = 8"), {V.REDEFINED}, True, 0),
+    "own letter for an unused intermediate": (step("wolf", "W = L = 5; so W = 3 + L = 3 + 5 = 8"), {V.REDEFINED}, True, 0),
     "letter of two intermediates": (step("hawk", "t = P + C = 2 + 3 = 5; so H = 2 * t = 2 * 5 = 10"), {V.REDEFINED}, True, 0),
     "letter of two intermediates of a step": (edit(("b = a + D = 11 + 1 = 12; e = b + H", "a = a + D = 11 + 1 = 12; e = a + H")),
                                               {V.REDEFINED}, True, 0),
+    "intermediate that is only quoted as a number": (edit(("so W = 3 + t = 3 + 5", "so W = 3 + 5")), {V.UNUSED}, True, 0),
+    "undefined letter for an intermediate": (edit(("so W = 3 + t =", "so W = 3 + z =")), {V.UNDEFINED}, True, 1),
     "unused intermediate": (step("lion", "z = P = 2; so J = P = 2"), {V.UNUSED}, True, 0),
-    "unused intermediate of another node": (step("lion", "z = W = 8; so J = P = 2"), {V.UNUSED, V.PARENTS}, True, 1),
+    "unused intermediate of another node": (step("lion", "z = W = 8; so J = P = 2"), {V.UNUSED}, True, 1),
     "another step's intermediate": (edit(("u = P + C = 2 + 3 = 5", "u = P + C = 2 + 3 = 5; p = P = 2"), ("so J = P = 2", "so J = p = 2")),
-                                    {V.UNDEFINED}, True, 0),
+                                    {V.UNDEFINED, V.UNUSED}, True, 0),
     "value in another step": (edit(("so J = P = 2. ", ". "), ("e + J = 22 + 2 = 24", "e + J = 22 + 2 = 24; so J = P = 2")),
-                              {V.UNPARSABLE, V.VALUE}, True, 2),
+                              {V.UNPARSABLE}, True, 2),
     "value in the next step": (edit(("Define fox as P; so P = 2. ", "Define fox as P; . "), ("t = L = 5", "P = 2; t = L = 5")),
-                               {V.UNPARSABLE, V.VALUE, V.REDEFINED}, True, 5),
+                               {V.UNPARSABLE, V.REDEFINED}, True, 1),
     "letter without a value": (edit(("Define lion as J; so J = P = 2. ", "Define lion as J. ")),
-                               {V.UNPARSABLE, V.MISSING}, True, 2),
-    "no assignment": (step("lion", ""), {V.UNPARSABLE, V.VALUE}, True, 1),
+                               {V.MISSING, V.UNPARSABLE, V.UNDEFINED}, True, 2),
+    "no assignment": (step("lion", ""), {V.UNPARSABLE}, True, 1),
     "two letters": (GOLD.replace("J", "JJ"), {V.UNPARSABLE, V.MISSING}, True, 2),
     "a letter of another alphabet": (GOLD.replace("J", "Ж"), {V.UNPARSABLE, V.MISSING}, True, 2),
     # nodes
     "node defined twice": (edit((STEPS["lion"], STEPS["lion"] * 2)), {V.REDEFINED}, True, 0),
     "node defined twice, once wrong": (edit((STEPS["lion"], STEPS["lion"] + "Define lion as i; so i = P = 3. ")),
-                                       {V.REDEFINED, V.ARITHMETIC, V.VALUE}, True, 1),
+                                       {V.REDEFINED, V.ARITHMETIC}, True, 1),
     "node defined twice, first wrong": (edit((STEPS["lion"], "Define lion as i; so i = P = 3. " + STEPS["lion"])),
-                                        {V.REDEFINED, V.ARITHMETIC, V.VALUE}, True, 1),
+                                        {V.REDEFINED, V.ARITHMETIC}, True, 1),
     "value given twice": (step("lion", "so J = P = 2; so J = P = 2"), {V.UNPARSABLE}, True, 0),
-    "value given twice, last wrong": (step("lion", "so J = P = 2; so J = 3"), {V.UNPARSABLE, V.VALUE}, True, 1),
+    "value given twice, last wrong": (step("lion", "so J = P = 2; so J = 3"), {V.UNPARSABLE, V.ARITHMETIC}, True, 1),
     "a right but unneeded node": (edit((STEPS["lion"], STEPS["lion"] + "Define bear as i; so i = P = 2. ")), {V.EXTRA}, True, 0),
     "an unneeded last node": (edit((LAST, LAST + "Define bear as i; so i = T = 24. ")), {V.EXTRA}, True, 0),
     "missing leaf": (edit((STEPS["owl"], "")), {V.MISSING, V.UNDEFINED}, True, 4),
@@ -190,30 +213,40 @@ REJECTED = {
     "another name": (edit(("Define lion", "Define tiger")), {V.MISSING, V.EXTRA, V.PARENTS}, True, 2),
     "no steps": ("Answer: 24.", {V.MISSING}, True, 8),
     "not in order": (edit((STEPS["total"], ""), (STEPS["lion"], STEPS["total"] + STEPS["lion"])),
-                     {V.UNDEFINED, V.PARENTS, V.WRONG_ANSWER}, True, 1),
+                     {V.UNDEFINED, V.WRONG_ANSWER}, True, 1),
     # numbers
-    "= 3 or 7": (step("lion", "so J = P = 2 or 7"), {V.UNPARSABLE, V.VALUE}, True, 1),
-    "= 7 or 3": (step("lion", "so J = P = 7 or 2"), {V.UNPARSABLE, V.VALUE}, True, 1),
-    "= 2.5": (edit(("so J = P = 2. ", "so J = P = 2.5. ")), {V.UNPARSABLE, V.VALUE}, True, 1),
-    "value in words": (step("lion", "so J = P = two"), {V.UNPARSABLE, V.VALUE}, True, 1),
-    "digits of another script": (step("lion", "so J = P = \u0662"), {V.UNPARSABLE, V.VALUE}, True, 1),
+    "= 3 or 7": (step("lion", "so J = P = 2 or 7"), {V.UNPARSABLE}, True, 1),
+    "= 7 or 3": (step("lion", "so J = P = 7 or 2"), {V.UNPARSABLE}, True, 1),
+    "= 2.5": (edit(("so J = P = 2. ", "so J = P = 2.5. ")), {V.UNPARSABLE}, True, 1),
+    "= 02": (edit(("so J = P = 2. ", "so J = P = 02. ")), {V.UNPARSABLE}, True, 1),
+    "leaf = 005": (edit(("so L = 5. ", "so L = 005. ")), {V.UNPARSABLE}, True, 1),
+    "leading zero in a side": (edit(("= 8 + 3 =", "= 08 + 3 =")), {V.UNPARSABLE}, True, 0),
+    "leading zero of a literal": (edit(("so W = 3 + t", "so W = 03 + t")), {V.UNPARSABLE}, True, 0),
+    "leading zero after a minus": (edit(("4 + -3 =", "4 + -03 =")), {V.UNPARSABLE}, True, 0),
+    "plus sign": (edit(("so J = P = 2. ", "so J = P = +2. ")), {V.UNPARSABLE}, True, 1),
+    "value in words": (step("lion", "so J = P = two"), {V.UNPARSABLE}, True, 1),
+    "digits of another script": (step("lion", "so J = P = \u0662"), {V.UNPARSABLE}, True, 1),
     "brackets": (step("lion", "so J = (P) = 2"), {V.UNPARSABLE}, True, 0),
-    "double minus": (step("lion", "so J = P = --2"), {V.UNPARSABLE, V.VALUE}, True, 1),
+    "double minus": (step("lion", "so J = P = --2"), {V.UNPARSABLE}, True, 1),
     # text that is no step
     "text between steps": (edit((STEPS["lion"], STEPS["lion"] + "Well. ")), {V.UNPARSABLE}, True, 1),
     "text before the steps": ("Let us see. " + GOLD, {V.STRAY}, True, 0),
     "text before the solution": ("Let us see. <solution> " + MODEL, {V.STRAY}, True, 0),
-    "text after the steps": (edit((LAST, LAST + "So we are done. ")), {V.UNPARSABLE, V.VALUE}, True, 1),
+    "text after the steps": (edit((LAST, LAST + "So we are done. ")), {V.UNPARSABLE}, True, 1),
     "text inside a step": (step("lion", "hm; so J = P = 2"), {V.UNPARSABLE}, True, 0),
     "empty step": (edit((STEPS["lion"], STEPS["lion"] + "Define ")), {V.UNPARSABLE}, True, 0),
     "no full stop": (edit(("so J = P = 2. ", "so J = P = 2 ")), {V.UNPARSABLE}, True, 0),
     "no so": (step("lion", "J = P = 2"), {V.UNPARSABLE}, True, 0),
     "a so too many": (edit(("t = L = 5", "so t = L = 5")), {V.UNPARSABLE}, True, 0),
+    "scratchpad between tags of a prompt": ("<question> L is 5, P is 2 </question> <solution> " + MODEL, {V.STRAY}, True, 0),
+    "prompt": ("<question> The number of owl equals 5. What is the total? </question> <solution> " + MODEL, {V.STRAY}, True, 0),
+    "solution tag": ("<solution> " + MODEL, {V.STRAY}, True, 0),
+    "end of text before the steps": ("<|endoftext|> " + MODEL, {V.STRAY}, True, 0),
     "a solution in the prompt": ("<question> " + MODEL + " </question> <solution> " + MODEL, {V.STRAY, V.SEVERAL}, True, 0),
     "two prompts": ("<question> q </question> hm <solution> " + MODEL, {V.STRAY}, True, 0),
     # the answer
     "wrong answer": (edit(("Answer: 24", "Answer: 23")), {V.WRONG_ANSWER}, False, 0),
-    "wrong last value": (edit(("22 + 2 = 24", "22 + 2 = 23")), {V.VALUE, V.ARITHMETIC, V.WRONG_ANSWER}, True, 1),
+    "wrong last value": (edit(("22 + 2 = 24", "22 + 2 = 23")), {V.ARITHMETIC, V.WRONG_ANSWER}, True, 1),
     "no answer": (BODY, {V.NO_ANSWER}, False, 0),
     "closed without answer": (BODY + "</solution>", {V.NO_ANSWER}, False, 0),
     "empty answer": (BODY + "</solution> <answer> </answer>", {V.NO_ANSWER}, False, 0),
@@ -226,6 +259,9 @@ REJECTED = {
     "answer 24.5, data form": (BODY + "Answer: 24.5.", {V.NO_ANSWER}, False, 0),
     "answer 24.0": (BODY + "Answer: 24.0.", {V.NO_ANSWER}, False, 0),
     "answer -24": (BODY + "Answer: -24.", {V.WRONG_ANSWER}, False, 0),
+    "answer 024": (BODY + "</solution> <answer> 024 </answer>", {V.NO_ANSWER}, False, 0),
+    "answer 024, data form": (BODY + "Answer: 024.", {V.NO_ANSWER}, False, 0),
+    "answer +24": (BODY + "Answer: +24.", {V.NO_ANSWER}, False, 0),
     "answer 2 4": (BODY + "</solution> <answer> 2 4 </answer>", {V.NO_ANSWER}, False, 0),
     "answer of 10,000 digits": (BODY + f"</solution> <answer> {'24' * 5000} </answer>", {V.NO_ANSWER}, False, 0),
     "answer in other digits": (BODY + "</solution> <answer> \u0662\u0664 </answer>", {V.NO_ANSWER}, False, 0),
@@ -246,7 +282,7 @@ REJECTED = {
 @pytest.mark.parametrize("response, must, outcome, wrong", REJECTED.values(), ids=REJECTED.keys())
 def test_strict_rejects(response, must, outcome, wrong):
     verdict = V.verify(GOLD, response)
-    assert not verdict["strict"] and must <= kinds(verdict), verdict["errors"]
+    assert not verdict["strict"] and kinds(verdict) == must, verdict["errors"]
     assert verdict["outcome"] == outcome
     assert verdict["process"] == (8 - wrong) / 8
     assert verdict["verified"] == (outcome and wrong == 0)
@@ -283,6 +319,95 @@ def test_strict_rejects_another_rule_of_the_same_value(gold, other):
     assert_strict(BEFORE + gold + ending, BEFORE + gold + ending)
     verdict = V.verify(BEFORE + gold + ending, BEFORE + other + ending)
     assert verdict["verified"] and not verdict["strict"] and kinds(verdict) == {V.RULE}
+
+
+def test_zero_has_one_spelling():
+    gold = BEFORE + "so r = c = 0. Answer: 0."
+    assert_strict(gold, gold)
+    assert_strict(gold.replace("Answer: 0.", "</solution> <answer> 0 </answer>"), gold)
+    for zero in ("-0", "00", "+0", "-00", "0.0", "٠"):
+        for text in (f"so c = {zero}", f"= c = {zero}"):
+            verdict = V.verify(gold, gold.replace(text.replace(zero, "0"), text))
+            assert verdict["outcome"] and not verdict["verified"] and not verdict["strict"] and V.UNPARSABLE in kinds(verdict)
+        for ending in (f"Answer: {zero}.", f"</solution> <answer> {zero} </answer>"):
+            verdict = V.verify(gold, gold.replace("Answer: 0.", ending))
+            assert not verdict["outcome"] and not verdict["strict"] and kinds(verdict) == {V.NO_ANSWER}
+
+
+# (a step, other ways to write it that hide or mix up what the value is made of), after x = 2, y = 2, z = 0, w = 5
+MIXED_UP = [
+    ("so r = a + b = 2 + 2 = 4", ["so r = a + b = a + a = 2 + 2 = 4", "so r = a + b = 2 + 2 = b + b = 4", "so r = a + a = a + b = 4",
+                                  "so r = a + b = 2 + a = 4 + c = 4", "so r = a + b = a * b = 4", "so r = a + b = 2 * 2 = 4",
+                                  "so r = a + b = 4 + 0 = 4", "so r = a + b = 2 + 2 = 1 + 3 = 4", "so r = a + 2 = 2 + b = 4"]),
+    ("so r = a - b = 2 - 2 = 0", ["so r = a - b = b - a = 0", "so r = a - b = a - a = 0", "so r = a - b = 2 - 2 = b - b = 0",
+                                  "so r = 2 - b = a - 2 = 0"]),
+    ("so r = d - a = 5 - 2 = 3", ["so r = d - a = d - b = 5 - 2 = 3", "so r = d - a = 5 + -2 = 3", "so r = d - a = -2 - -5 = 3"]),
+    ("t = a = 2; so r = 2 * t = 2 * 2 = 4", ["t = a = 2; so r = 2 * t = t * t = 2 * 2 = 4", "t = a = 2; so r = 2 * t = a * t = 4",
+                                             "t = a = 2; so r = 2 * t = 2 + 2 = 4", "t = a = 2; so r = 2 * t = 2 * b = 4"]),
+    ("t = a = 2; so r = 2 + t = 2 + 2 = 4", ["t = a = 2; so r = 2 + t = a + t = 4", "t = a = 2; so r = 2 + t = a + 2 = t + a = 4",
+                                             "t = a = 2; so r = 2 + t = b + 2 = 4"]),
+    ("so r = c = 0", ["so r = c = 0 + 0 = 0", "so r = c = c + c = 0", "so r = c = a - b = 0"]),
+    ("so r = 4", ["so r = 4 = 2 + 2 = 4", "so r = 4 = a + b = 4", "so r = 4 = 4 * 1 = 4"]),
+]
+
+
+@pytest.mark.parametrize("gold, other", [(gold, other) for gold, others in MIXED_UP for other in others])
+def test_strict_rejects_sides_that_only_have_the_same_value(gold, other):
+    ending = f". Answer: {gold.split()[-1]}."
+    assert_strict(BEFORE + gold + ending, BEFORE + gold + ending)
+    verdict = V.verify(BEFORE + gold + ending, BEFORE + other + ending)
+    assert verdict["outcome"] and not verdict["strict"] and kinds(verdict) <= {V.RULE, V.PARENTS}
+
+
+# -----------------------------------------------------------------------------
+# equations, against an oracle that lists every right way to write a side
+
+def ways(product, terms, options):
+    """All texts of a side: the terms (sign, operand) in any order, each operand written in any of its ways."""
+    texts = set()
+    for order in itertools.permutations(terms):
+        if order[0][0] == "+":
+            for operands in itertools.product(*(options[x] for _, x in order)):
+                signs = ["", *(" * " if product else f" {sign} " for sign, _ in order[1:])]
+                texts.add("".join(s + x for s, x in zip(signs, operands)))
+    return texts
+
+
+def test_equations_agree_with_an_oracle():
+    rng = random.Random(0)
+    same = Counter()
+    for _ in range(6000):
+        value = {x: rng.randint(0, 3) for x in "abc"} | {"2": 2, "3": 3}
+        product, terms, rule = rng.choice([
+            (False, "+a +b", "a + b"), (False, "+a -b", "a - b"), (False, "+a +b +c", "a + b + c"), (False, "+a", "a"),
+            (False, "+2 +t", "t = a"), (True, "+3 +t", "t = a"), (False, "+2 +a -b", "a - b"), (False, "+3 +a +b", "a + b")])
+        terms = [tuple(term) for term in terms.split()]
+        parents = sorted(set(rule) & set("abc"))
+        before = "".join(f"Define node {x} as {x}; so {x} = {value[x]}. " for x in parents) + "Define r as r; "
+        if "t" in rule:                                  # a copy, so that each of t and a can stand for the other
+            value["t"] = value["a"]
+            before += f"t = a = {value['t']}; "
+        letters = {x: "at" if "t" in rule and x in "at" else x for x in "abct23"}
+        either = {x: [*letters[x], str(value.get(x))] for x in letters}
+        in_letters, right = ways(product, terms, letters), ways(product, terms, either)
+        total = 1 if product else 0
+        for sign, x in terms:
+            total = total * value[x] if product else total + int(sign + "1") * value[x]
+        sides = []
+        for _ in range(rng.randint(1, 4)):
+            words = rng.choice(sorted(rng.choice([in_letters, right, right, {str(total)}]))).split()
+            if rng.random() < 0.15:
+                words[rng.randrange(len(words))] = rng.choice("abct123+-*")
+            sides.append(" ".join(words))
+        expected = (all(side in right or side == str(total) for side in sides) and any(side in in_letters for side in sides)
+                    and ("t" not in rule or any("t" in side for side in sides)))
+        gold_side = sorted(in_letters)[0] if "t" not in rule else f"{terms[0][1]} {'*' if product else '+'} t"
+        gold = f"{before}so r = {gold_side} = {total}. Answer: {total}."
+        response = f"{before}so r = {' = '.join(sides)} = {total}. Answer: {total}."
+        verdict = V.verify(gold, response)
+        assert verdict["strict"] == expected, (gold, response, verdict)
+        same[expected] += 1
+    assert min(same[True], same[False]) > 1500
 
 
 # -----------------------------------------------------------------------------
@@ -438,8 +563,16 @@ SAME = [reletter, commute, skip_substitution, skip_copies, flatten, refold, reor
 def test_every_public_solution_is_right(gold):
     for row in gold:
         assert_strict(row["solution"], row["solution"])
-        assert_strict(f"<question> {row['problem']}{row['question']} </question> <solution> {model_form(row['solution'], None)}",
-                      row["solution"])
+        assert_strict(model_form(row["solution"], None), row["solution"])
+
+
+def test_nothing_may_stand_before_a_public_solution(gold):
+    rng = random.Random(6)
+    for row in gold:
+        words = rng.sample((row["problem"] + row["solution"]).replace("Define", "").replace("Answer", "").split(), 8)
+        for before in (f"<question> {' '.join(words)} </question> <solution>", f"{row['problem']}{row['question']}", words[0]):
+            verdict = V.verify(row["solution"], before + model_form(row["solution"], None))
+            assert verdict["verified"] and not verdict["strict"] and kinds(verdict) == {V.STRAY}
 
 
 @pytest.mark.parametrize("change", SAME, ids=lambda f: f.__name__)
@@ -476,6 +609,66 @@ def test_no_public_solution_survives_a_changed_number_or_letter(gold):
             for new in {extra, *(o[0] for o in marks if o.lastindex == m.lastindex)} - {m[0]}:
                 response = solution[:m.start()] + new + solution[m.end():]
                 assert not V.verify(solution, response)["strict"], response
+
+
+def test_no_public_solution_survives_a_number_that_is_no_integer(gold):
+    rng = random.Random(8)
+    for row in gold:
+        solution = row["solution"]
+        *numbers, answer = re.finditer(r"\d+", solution)
+        for m in [rng.choice(numbers), answer]:
+            for sign in ("0", "00", "-0", "+"):
+                verdict = V.verify(solution, solution[:m.start()] + sign + solution[m.start():])
+                assert not verdict["strict"] and verdict["outcome"] == (solution[m.end():] != ".")
+
+
+def test_a_reused_letter_has_one_name(gold):
+    """Any letter of a solution becomes one that appears before it, wherever it stands."""
+    rng = random.Random(7)
+    for row in gold:
+        letters = list(dict.fromkeys(LETTER.findall(row["solution"])))
+        for _ in range(3 if len(letters) > 1 else 0):
+            i, j = sorted(rng.sample(range(len(letters)), 2))
+            response = re.sub(rf"\b{letters[j]}\b", letters[i], row["solution"])
+            verdict = V.verify(row["solution"], response)
+            assert not verdict["strict"] and verdict["outcome"] and kinds(verdict) == {V.REDEFINED}, (response, verdict)
+
+
+def test_one_mistake_in_a_public_solution_has_one_name(gold):
+    """Changes to the last equation, which no later step depends on."""
+    changes = {"x = x y = 3": V.UNPARSABLE, "or": V.UNPARSABLE, "unused": V.UNUSED, "arithmetic": V.ARITHMETIC, "undefined": V.UNDEFINED,
+               "parents": V.PARENTS, "literal": V.RULE}
+    seen = Counter()
+    for row in gold:
+        steps, answer = split_steps(row["solution"])
+        head, _, last = steps[-1].rpartition("so ")
+        letter, *sides, n = last.strip(" .").split(" = ")
+        unused = next(x for x in LETTERS if x not in LETTER.findall(row["solution"]))
+        node = steps[0].split(";")[0][-1]
+        for change, name in changes.items():
+            new = [letter, *sides, n]
+            if change == "x = x y = 3":
+                new[1:-1] = [f"{letter} {node}"]
+            elif change == "or":
+                new[-1] += " or 3"
+            elif change == "unused":
+                new[0] = f"{unused} = {node} = {re.search(r'; so . = (.*?)[.]', steps[0])[1]}; so {letter}"
+            elif change == "arithmetic":
+                new[-1] = str(int(n) + 1)
+            elif change == "undefined":
+                new[1] = LETTER.sub(unused, new[1], count=1)
+            elif change == "parents":
+                new[1:-1] = []
+            else:
+                new[1:-1] = [f"1 + {sides[0]}" if sides else "1 + 1"]
+                new[-1] = str(int(n) + 1) if sides else "2"
+            if change in ("undefined", "unused", "parents") and not sides or change == "parents" and head.count(";") > 1:
+                continue
+            so = "" if change == "unused" else "so "
+            verdict = V.verify(row["solution"], "".join(steps[:-1]) + head + so + " = ".join(new) + ". " + f"Answer: {new[-1].split()[0]}.")
+            assert kinds(verdict) - {V.WRONG_ANSWER} == {name}, (change, new, verdict)
+            seen[change] += 1
+    assert min(seen[change] for change in changes) > len(gold) / 4
 
 
 def test_public_solutions_with_a_step_too_few_too_many_or_out_of_place(gold):
@@ -545,6 +738,8 @@ FAMILIES = {
     "steps": lambda n: "".join(f"Define n{i} as a; so a = 1. " for i in range(n // 28)),
     "long names": lambda n: (f"Define {'x' * (n // 4)}a as L; so L = 1. Define {'x' * (n // 4)}b as M; so M = 1. "
                              + "Define q as z; so z = L - M = 0. " * (n // 70)),
+    "many sides": lambda n: HEAD + "so P = " + "L + L = L + 5 = 5 + 5 = " * (n // 24) + "10.",
+    "sides of growing length": lambda n: HEAD + "so P = " + "".join("L + " * i + "L = " for i in range(int((n / 2) ** 0.5))) + "5.",
     "garbage in a step": lambda n: f"Define {'x' * (n // 2)} as L; " + "a b; " * (n // 10),
     "digits": lambda n: HEAD + f"so P = {'7' * n}. Answer: {'7' * n}.",
     "answers": lambda n: GOLD + "Answer: 24. <answer> 24 " * (n // 24),
@@ -674,6 +869,24 @@ def test_responses(rows):
     assert summary["errors"] == {"missing node": 4, "no answer": 2, "stray text": 1, "extra node": 1, "wrong answer": 1}
     assert sorted(os.listdir(rows)) == ["r.jsonl", "rows.jsonl", "v.jsonl"]
     assert run("rows.jsonl", "--responses", "r.jsonl", cwd=rows).stdout == done.stdout
+
+
+def test_a_response_in_a_file_may_begin_with_the_prompt_of_its_row(tmp_path):
+    row = {"problem": "The number of owl equals 5. ", "question": "How many <b> in\nall?"}
+    prompt = "<question> The number of owl equals 5. How many <b> in all? </question> <solution>"
+    rows = [{**row, "solution": f"{prompt} {GOLD}"}, {"solution": GOLD}, {"problem": 5, "question": "q", "solution": GOLD},
+            {**row, "solution": GOLD}]
+    responses = [(i, text) for i in range(4) for text in (
+        MODEL, prompt + " " + MODEL, "\n" + prompt.replace(" ", " \n ") + MODEL, prompt + prompt + MODEL, "<solution>" + MODEL,
+        prompt.replace("5", "6") + MODEL, "<question> 5 q </question> <solution> " + MODEL, prompt)]
+    for name, objects in ("rows.jsonl", rows), ("r.jsonl", [{"row": i, "response": text} for i, text in responses]):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, objects)))
+    assert json.loads(run("rows.jsonl", cwd=tmp_path).stdout)["strict"] == 4
+    assert run("rows.jsonl", "--responses", "r.jsonl", "--out", "v.jsonl", cwd=tmp_path).returncode == 0
+    verdicts = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
+    right = [(v["row"], j % 8) for j, v in enumerate(verdicts) if v["strict"]]
+    assert right == [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (3, 0), (3, 1), (3, 2)]
+    assert {error.split(":")[0] for v in verdicts[3:7] for error in v["errors"]} == {V.STRAY}
 
 
 BAD_INPUT = {
