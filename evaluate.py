@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 import data
-from model import (Progress, at_least, build_model, check_outputs, fast_bfloat16, gather, load_checkpoint, n_ranks,
-                   one_line_errors, rank, run_script, sample, say, set_up)
+from model import (Progress, at_least, check_outputs, fast_bfloat16, gather, n_ranks, one_line_errors, rank, read_trained,
+                   run_script, sample, say, set_up)
 from verify import explain, verify
 
 VERDICTS = ("outcome", "verified", "strict")
@@ -110,8 +110,8 @@ def arguments():
         args.checkpoints = args.checkpoints or [c for c in CHAIN if os.path.exists(c)]
         if not args.checkpoints:
             raise ValueError("there is no checkpoint in out/: run python pretrain.py first, or name one")
-        args.loaded = [read_checkpoint(path) for path in args.checkpoints]
-        args.id_ops = args.loaded[0][2]["id_ops"]
+        args.loaded = [(path, *read_trained(path, data.VOCABULARY)) for path in args.checkpoints]
+        args.id_ops = args.loaded[0][1]["id_ops"]
         args.problem_rows = problems_of(args)
         if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
             raise ValueError(f"--plot {args.plot} must end in .png, .pdf or .svg")
@@ -119,17 +119,6 @@ def arguments():
             raise ValueError("--json needs the name of a file")
         check_outputs(*filter(None, [args.json, args.plot]), inputs=[*args.checkpoints, *filter(None, [args.data])])
     return args
-
-
-def read_checkpoint(path):
-    """-> (path, model, checkpoint). Raises ValueError with a line for the user."""
-    checkpoint = load_checkpoint(path)
-    id_ops, counts = checkpoint.get("id_ops"), [checkpoint.get("step"), checkpoint.get("problems")]
-    if not (isinstance(id_ops, list) and len(id_ops) == 2 and all(isinstance(n, int) for n in id_ops + counts)):
-        raise ValueError(f"{path} does not say how it was trained (id_ops, step, problems)")
-    if checkpoint.get("recipe", {}).get("vocabulary", data.VOCABULARY) != data.VOCABULARY:
-        raise ValueError(f"{path} was trained with other tokens: data.py has changed since, so train anew")
-    return path, build_model(checkpoint, path), checkpoint
 
 
 def problems_of(args):
@@ -328,7 +317,7 @@ def main():
     say(f"{n_problems} {what}, op {min(args.problem_rows)}-{max(args.problem_rows)}, {args.n} samples each at temperature "
         f"{args.temperature:g}, for {len(args.loaded)} checkpoint(s) on {args.device}")
     results, all_records = {}, []
-    for path, model, checkpoint in args.loaded:
+    for path, checkpoint, model in args.loaded:
         done = []
 
         def progress(finished):

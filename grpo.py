@@ -23,7 +23,6 @@ each time on a part of the prompts, towards larger
 Writes a checkpoint to --out and metrics, one JSON row a step, beside it (out/grpo.jsonl). Ctrl-C saves.
 """
 import copy
-import json
 import math
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -36,10 +35,10 @@ import numpy as np
 import torch
 
 import data
-from model import (Progress, any_rank, at_least, become_worker, check_run_files, choose_device, compile_layers, end_if,
-                   fill_from_preset, gather, give_up, make_optimizers, mean_loss, n_ranks, noted_interrupts, one_line_errors,
-                   open_run, rank, read_start, run_script, sample, save_checkpoint, say, set_up, stage_parser, step_batches,
-                   sum_gradients_over_ranks, sum_over_ranks, to_device, write_metrics)
+from model import (Progress, add_start_options, any_rank, at_least, become_worker, check_run_files, choose_device,
+                   compile_layers, end_if, fill_from_preset, gather, give_up, make_optimizers, mean_loss, measured_edge, n_ranks,
+                   noted_interrupts, one_line_errors, open_run, rank, read_start, run_script, sample, save_checkpoint, say,
+                   set_up, stage_parser, step_batches, sum_gradients_over_ranks, sum_over_ranks, to_device, write_metrics)
 from verify import REWARDS, reward, verify
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -347,92 +346,61 @@ def main():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# settings: a preset is what suits a size of model. Each can be set on the command line
+# settings: a preset is what suits a size of model. Each can be changed on the command line
 
-PRESETS = {
-    "tiny": dict(
-        id_share=0.2,       # without problems from the range of pre-training a small model soon forgets it
-        steps=250,
-        prompts=64,
-        rollouts=8,
-        updates=2,
-        lr=3e-4,
-        min_lr=0.0,         # with 2e-4 all through the edge won .03, not .08 (seed 0)
-        warmup=5,
-        weight_decay=0.0,
-        grad_clip=1.0,
-        kl=0.0,             # no reference is needed, and groups without a gradient cost nothing
-        max_new=192,
-        rows=512,
-        micro_tokens=2048,
-        workers=0, log_every=1, eval_every=25, eval_problems=64, save_every=25),
-    "100m": dict(           # arXiv 2512.07783
-        id_share=0.0,
-        steps=200,
-        prompts=1024,
-        rollouts=6,
-        updates=4,
-        lr=1e-6,
-        min_lr=1e-6,
-        warmup=0,
-        weight_decay=0.1,
-        grad_clip=1.0,
-        kl=1e-3,
-        max_new=1024,
-        rows=3072,
-        micro_tokens=32768,
-        workers=8, log_every=1, eval_every=20, eval_problems=256, save_every=20),
-}
+SETTINGS = dict(  # preset tiny: ten minutes on two CPU cores; 100m: arXiv 2512.07783
+    id_share=(0.2, 0.0),      # tiny: without problems from the range of pre-training a small model soon forgets it
+    distractors=(2.0, 2.0),
+    steps=(250, 200),
+    prompts=(64, 1024),
+    rollouts=(8, 6),
+    updates=(2, 4),
+    lr=(3e-4, 1e-6),
+    min_lr=(0.0, 1e-6),       # tiny: with 2e-4 all through the edge won .03, not .08 (seed 0)
+    warmup=(5, 0),
+    weight_decay=(0.0, 0.1),
+    kl=(0.0, 1e-3),           # without KL no reference is needed, and groups without a gradient cost nothing
+    max_new=(192, 1024),
+    rows=(512, 3072),
+    micro_tokens=(2048, 32_768),
+    workers=(0, 8),
+    log_every=(1, 1),
+    eval_every=(25, 20),
+    eval_problems=(64, 256),
+    save_every=(25, 20))
+PRESETS = {preset: {name: values[i] for name, values in SETTINGS.items()} for i, preset in enumerate(("tiny", "100m"))}
 
 
 def arguments():
     p = stage_parser(__doc__, PRESETS, out="out/grpo.pt")
-    p.add_argument("--init", default="out/midtrain.pt", help="where to start, and the reference (default out/midtrain.pt)")
-    g = p.add_argument_group("problems")
-    g.add_argument("--ops", help='op range (default: OOD-edge, up to 1.4 times the largest op of pre-training), or "edge": that '
-                   "which evaluate.py named")
+    add_start_options(p, init="out/midtrain.pt", rl_share=at_least(1e-6, up_to=1))
+    g = p.add_argument_group("which problems")
     g.add_argument("--eval-json", default="out/eval.json", help="where --ops edge finds it (default out/eval.json)")
-    g.add_argument("--id-share", type=at_least(0.0, up_to=1), help="share of problems from the range of pre-training")
-    g.add_argument("--mix", help='instead of these two a mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20,school:2-20"')
-    g.add_argument("--distractors", type=at_least(0.0), default=2.0, help="mean number of unneeded sentences (default 2)")
-    g.add_argument("--curriculum", action="store_true", help="draw each op by the share of its groups that had a gradient "
-                   "lately; without --ops, from all ops up to OOD-hard")
+    g.add_argument("--curriculum", action="store_true", help="draw an op the more often, the more of its groups had a gradient")
     g = p.add_argument_group("reward and loss")
-    g.add_argument("--reward", choices=REWARDS, default="strict", help="outcome: the answer; process: share of right steps; "
-                   "mixed: alpha * outcome + (1 - alpha) * process; strict: answer and whole process (default)")
-    g.add_argument("--alpha", type=at_least(0.0, up_to=1), default=0.2, help="of --reward mixed (default 0.2)")
-    g.add_argument("--reward-noise", type=at_least(0.0, up_to=1), default=0.0, metavar="P", help="probability that a process is "
-                   "misjudged (default 0)")
+    g.add_argument("--reward", choices=REWARDS, default="strict", help="what verify.reward says of it (default strict)")
+    g.add_argument("--alpha", type=at_least(0.0, up_to=1), default=0.2, help="share of outcome in --reward mixed (default 0.2)")
+    g.add_argument("--reward-noise", type=at_least(0.0, up_to=1), default=0.0, help="share of processes that are misjudged")
     g.add_argument("--advantage", choices=["std", "mean"], default="std", help="std: divided by the group's standard deviation")
     g.add_argument("--clip-ratio", type=at_least(1e-6), default=0.2, help="eps (default 0.2)")
     g.add_argument("--kl", type=at_least(0.0), help="beta; 0 needs no reference (default from the preset)")
     g.add_argument("--temperature", type=at_least(1e-6), default=1.0, help="of sampling, and so of every probability (default 1)")
     g = p.add_argument_group("compute (defaults from the preset)")
-    g.add_argument("--steps", type=at_least(1), help="rollout batches")
-    g.add_argument("--budget", type=at_least(1e-6), metavar="T", help="tokens of mid-training and RL, instead of --steps")
-    g.add_argument("--rl-share", type=at_least(1e-6, up_to=1), metavar="B", help="share of the budget that is taken here; a "
-                   "token of RL (prompt and solution of each rollout) costs 5/3 training tokens")
     g.add_argument("--prompts", type=at_least(1), help="P, prompts a step, over all ranks")
     g.add_argument("--rollouts", type=at_least(2), help="G, solutions a prompt: each is judged against the others of its group")
     g.add_argument("--updates", type=at_least(1), help="optimizer steps a rollout batch, each on its own part of the prompts")
-    g.add_argument("--lr", type=at_least(0.0), help="learning rate of AdamW after the warm-up")
-    g.add_argument("--min-lr", type=at_least(0.0), help="learning rate at the end of the straight line from --lr")
     g.add_argument("--warmup", type=at_least(0), help="steps over which the learning rate rises")
-    g.add_argument("--weight-decay", type=at_least(0.0))
-    g.add_argument("--clip", type=at_least(1e-6), dest="grad_clip", help="largest norm of the gradient")
     g.add_argument("--max-new", type=at_least(1), help="tokens after which a solution is cut off")
     g.add_argument("--rows", type=at_least(1), help="solutions that are sampled at a time")
     g.add_argument("--eval-problems", type=at_least(1), help="held-out problems, for ID and for OOD-edge each")
     args = p.parse_args()
     with one_line_errors(p):
         choose_device(args)
-        if (args.budget is None) != (args.rl_share is None) or args.budget is not None and args.steps is not None:
-            raise ValueError("--budget and --rl-share go together, and instead of --steps")
         init, model = read_start(args, PRESETS, data.VOCABULARY)
         args.vocabulary, by_default = data.VOCABULARY, PRESETS[args.preset]["id_share"]
         if args.ops == "edge":  # a resumed run keeps it, whatever was evaluated since
-            resumed = init["stage"] == "grpo"
-            args.ops = args.edge = init["recipe"].get("edge") if resumed else measured_edge(args.eval_json, args.init)
+            kept = init["recipe"].get("edge") if args.resume else None
+            args.ops = args.edge = kept or measured_edge(args.eval_json, args.init)
         if args.curriculum and args.id_share is not None:
             raise ValueError("--curriculum decides by itself how often each op comes: it takes no --id-share")
         if args.curriculum and args.mix is None:
@@ -441,25 +409,10 @@ def arguments():
         args.mix = data.stage_mixture(init["id_ops"], by_default, args.mix, args.ops, args.id_share).spec
         fill_from_preset(args, PRESETS[args.preset])
         data.distractor_law(args.distractors)
-        if args.prompts % n_ranks():
-            raise ValueError("--prompts must be a multiple of the number of ranks")
-        if args.updates > args.prompts // n_ranks():
-            raise ValueError(f"{args.prompts // n_ranks()} prompts (a rank) are too few for {args.updates} updates")
+        if args.prompts % n_ranks() or args.updates > args.prompts // n_ranks():
+            raise ValueError("--prompts must be a multiple of the ranks, and not too few for --updates")
         check_run_files(args, inputs=[args.init])
     return p, args, init, model
-
-
-def measured_edge(path, checkpoint):
-    """The op range that evaluate.py named as the edge of this checkpoint. Raises ValueError with a line for the user."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            edge = json.load(f)["checkpoints"][checkpoint]["edge"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"--ops edge needs an evaluation of {checkpoint} in {path}: "
-                         f"run python evaluate.py {checkpoint}") from None
-    if edge is None:
-        raise ValueError(f"{path} names no edge for {checkpoint}: no op has low pass@1 and some pass@k; give --ops")
-    return "{}-{}".format(*edge)
 
 
 if __name__ == "__main__":

@@ -18,73 +18,48 @@ from dataclasses import asdict
 import torch
 
 import data
-from model import (Progress, add_training_options, any_rank, at_least, check_run_files, choose_device, compile_layers, end_if,
-                   fill_from_preset, give_up, make_optimizers, mean_loss, n_ranks, noted_interrupts, one_line_errors, open_run,
-                   peak_flops, rank, read_start, run_script, sample, save_checkpoint, say, say_expected_time, set_up,
-                   stage_parser, step_batches, sum_gradients_over_ranks, sum_over_ranks, to_device, write_metrics)
+from model import (Progress, add_prediction_options, add_start_options, any_rank, at_least, check_run_files, choose_device,
+                   compile_layers, end_if, fill_from_preset, give_up, make_optimizers, mean_loss, n_ranks, noted_interrupts,
+                   one_line_errors, open_run, peak_flops, rank, read_start, run_script, sample, save_checkpoint, say,
+                   say_expected_time, set_up, stage_parser, step_batches, sum_gradients_over_ranks, sum_over_ranks, to_device,
+                   write_metrics)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# settings: a preset is what suits a size of model. Each can be set on the command line
+# settings: a preset is what suits a size of model. Each can be changed on the command line
 
-PRESETS = {
-    "tiny": dict(
-        id_share=0.2,
-        distractors=4.0,
-        loss="all",
-        steps=400,
-        batch=64,
-        optimizer="muon",
-        momentum=0.8,
-        lr=4e-3,
-        min_lr=0.0,
-        warmup=0.15,
-        weight_decay=0.1,
-        grad_clip=1.0,
-        micro_tokens=1536,
-        workers=0, log_every=5, eval_every=50, save_every=100),
-    "100m": dict(                      # arXiv 2512.07783: up to 2.5B of its tokens at 512k a step; these problems have 560 each
-        id_share=0.2,
-        distractors=2.0,
-        loss="all",
-        steps=4900,
-        batch=912,
-        optimizer="adamw",
-        momentum=0.95,
-        lr=1e-4,
-        min_lr=3e-5,
-        warmup=0.15,
-        weight_decay=0.1,
-        grad_clip=1.0,
-        micro_tokens=32768,
-        workers=4, log_every=5, eval_every=50, save_every=500),
-}
+SETTINGS = dict(  # preset tiny: two minutes on two CPU cores; 100m: arXiv 2512.07783, up to 2.5B of its tokens
+    id_share=(0.2, 0.2),
+    distractors=(4.0, 2.0),
+    steps=(400, 4900),
+    batch=(64, 912),                 # 100m: 512k of the paper's tokens; these problems have 560 each
+    optimizer=("muon", "adamw"),
+    momentum=(0.8, 0.95),
+    lr=(4e-3, 1e-4),
+    min_lr=(0.0, 3e-5),
+    warmup=(0.15, 0.15),
+    weight_decay=(0.1, 0.1),
+    micro_tokens=(1536, 32_768),
+    workers=(0, 4),
+    log_every=(5, 5),
+    eval_every=(50, 50),
+    save_every=(100, 500))
+PRESETS = {preset: {name: values[i] for name, values in SETTINGS.items()} for i, preset in enumerate(("tiny", "100m"))}
 SEED = 1_000_000  # added to --seed, so that the problems are not those of pre-training over again
 
 
 def arguments():
     p = stage_parser(__doc__, PRESETS, out="out/midtrain.pt")
-    p.add_argument("--init", default="out/pretrain.pt", help="checkpoint to start from (default out/pretrain.pt)")
-    g = p.add_argument_group("data")
-    g.add_argument("--ops", help="op range to learn (default: OOD-edge, up to 1.4 times the largest op of pre-training)")
-    g.add_argument("--id-share", type=at_least(0.0, up_to=1), help="share of problems from the range of pre-training")
-    g.add_argument("--mix", help='instead of these two a mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20,school:2-20"')
-    g.add_argument("--distractors", type=at_least(0.0), help="mean number of sentences that the question does not need")
-    add_training_options(p)
-    g.add_argument("--budget", type=at_least(1e-6), metavar="T", help="tokens of mid-training and RL, instead of --steps")
-    g.add_argument("--rl-share", type=at_least(0.0, up_to=0.99), metavar="B", help="share of the budget that is left to grpo.py")
+    add_start_options(p, init="out/pretrain.pt", rl_share=at_least(0.0, up_to=0.99))
+    add_prediction_options(p)
     args = p.parse_args()
     with one_line_errors(p):
         choose_device(args)
-        if (args.budget is None) != (args.rl_share is None) or args.budget is not None and args.steps is not None:
-            raise ValueError("--budget and --rl-share go together, and instead of --steps")
         init, model = read_start(args, PRESETS, data.VOCABULARY)
         by_default = PRESETS[args.preset]["id_share"]
         args.mix = data.stage_mixture(init["id_ops"], by_default, args.mix, args.ops, args.id_share).spec
         args.vocabulary = data.VOCABULARY
         fill_from_preset(args, PRESETS[args.preset])
         law = data.distractor_law(args.distractors)
-        if args.batch < n_ranks():
-            raise ValueError(f"--batch {args.batch} leaves ranks without problems: give each at least one")
         check_run_files(args, inputs=[args.init])
         if args.budget is not None:
             tokens = data.mean_tokens(data.parse_mixture(args.mix), SEED + args.seed, law)
@@ -158,11 +133,9 @@ def main():
         f"{args.steps} steps of {args.batch} problems; {args.optimizer}, learning rate {args.lr:g}; {args.dtype} on {device}, "
         f"{n_ranks()} ranks, {torch.get_num_threads()} threads")
     if args.compile:
-        say("compiling for each size of micro-batch")
         compile_layers(model)
-        for size in data.pack_sizes(args.micro_tokens):
+        for size in data.pack_sizes(args.micro_tokens):  # one program for each size, before the clock starts
             accumulate(model, [data.pack([], size)], torch.ones(2), device, precision)
-        mean_loss(model, *held_out, device, precision)
     if start < args.steps:
         probes = [next(step_batches(steps, start, start + 1, 0, device))]
         say_expected_time(lambda probe: float(accumulate(model, *probe, device, precision)[0]), probes, args.steps - start)

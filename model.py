@@ -9,6 +9,7 @@ there and back by renaming (`to_hf`, `from_hf`), and `python model.py CKPT --to-
 Letters in shape comments: B rows, T tokens, C width, H heads, G key-value heads, D width of a head.
 """
 import argparse
+import importlib.util
 import itertools
 import json
 import math
@@ -609,19 +610,16 @@ def main():
     p.add_argument("checkpoint", help="e.g. out/pretrain.pt")
     p.add_argument("--to-hf", metavar="DIR", required=True, help="folder to write")
     args = p.parse_args()
-    try:
-        from transformers import Qwen2Config, Qwen2ForCausalLM
-    except ImportError:
+    if not importlib.util.find_spec("transformers"):
         p.error("this needs transformers: pip install transformers")
     if os.path.exists(args.to_hf) and not os.path.isdir(args.to_hf):
         p.error(f"--to-hf {args.to_hf} is there already, and is no folder")
-    try:
+    with one_line_errors(p):
         config, state = to_hf(build_model(load_checkpoint(args.checkpoint), args.checkpoint))
+        from transformers import Qwen2Config, Qwen2ForCausalLM
         model = Qwen2ForCausalLM(Qwen2Config(**config))
         model.load_state_dict(state)
         model.save_pretrained(args.to_hf)
-    except (ValueError, OSError) as error:
-        p.error(str(error))
     print(f"wrote {args.to_hf}; the tokenizer is data.tokenizer()")
 
 
@@ -645,16 +643,21 @@ def stage_parser(doc, presets, out):
     """The argument parser of a stage, with the options that every stage has. The stage adds its own."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 usage="%(prog)s [options]    (--help lists them)")
-    p.add_argument("--preset", choices=presets, help="settings that suit a size of model (default: as --init had; in pretrain.py "
-                   "100m with CUDA, else tiny)")
+    p.add_argument("--preset", choices=presets, help="settings for a size of model (default: that of --init, or by the device)")
     p.add_argument("--out", default=out, help=f"checkpoint to write (default {out}); metrics go beside it, as .jsonl")
     p.add_argument("--resume", action="store_true", help="continue from --out; the result is that of one long run")
     p.add_argument("--seed", type=at_least(0), default=0, help="of all that is random (default 0)")
-    g = p.add_argument_group("running")
+    g = p.add_argument_group("optimizer and problems (defaults from the preset)")
+    g.add_argument("--steps", type=at_least(1), help="optimizer steps; in grpo.py, rollout batches")
+    g.add_argument("--lr", type=at_least(0.0), help="learning rate after the warm-up")
+    g.add_argument("--min-lr", type=at_least(0.0), help="learning rate at the end")
+    g.add_argument("--weight-decay", type=at_least(0.0))
+    g.add_argument("--clip", type=at_least(1e-6), default=1.0, dest="grad_clip", help="largest norm of the gradient (default 1)")
+    g.add_argument("--distractors", type=at_least(0.0), help="mean number of sentences that the question does not need, up to 10")
+    g = p.add_argument_group("running (defaults from the preset)")
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     g.add_argument("--dtype", choices=["bfloat16", "float32"], help="of matrix products (default: bfloat16 where it is fast)")
-    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the layers, and pack sequences end to "
-                   "end, without padding (default: with CUDA and bfloat16)")
+    g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: with CUDA and bfloat16)")
     g.add_argument("--micro-tokens", type=at_least(1), help="tokens in one forward pass; gradients of several add up")
     g.add_argument("--workers", type=at_least(0), help="processes that make problems; in grpo.py, that verify solutions")
     g.add_argument("--log-every", type=at_least(1), help="steps between rows of metrics")
@@ -663,20 +666,26 @@ def stage_parser(doc, presets, out):
     return p
 
 
-def add_training_options(p):
-    """The options of next-token prediction, which pretrain.py and midtrain.py share."""
+def add_prediction_options(p):
+    """The options of next-token prediction, in pretrain.py and midtrain.py."""
     g = p.add_argument_group("next-token prediction (defaults from the preset)")
-    g.add_argument("--loss", choices=["all", "solution"], help="tokens with a loss: all, or what follows the prompt")
-    g.add_argument("--steps", type=at_least(1), help="optimizer steps")
+    g.add_argument("--loss", choices=["all", "solution"], default="all", help="tokens with a loss: all (default), or the solution's")
     g.add_argument("--batch", type=at_least(1), help="problems per step, over all ranks")
-    g.add_argument("--lr", type=at_least(0.0), help="peak learning rate")
-    g.add_argument("--min-lr", type=at_least(0.0), help="learning rate at the end of the cosine")
     g.add_argument("--warmup", type=at_least(0.0, up_to=0.99), help="share of the steps over which the learning rate rises")
-    g.add_argument("--weight-decay", type=at_least(0.0))
-    g.add_argument("--clip", type=at_least(1e-6), dest="grad_clip", help="largest norm of the gradient")
     g.add_argument("--optimizer", choices=["adamw", "muon"], help="muon: for the matrices of the layers, adamw for the rest")
     g.add_argument("--momentum", type=at_least(0.0, up_to=0.99), help="of muon")
     g.add_argument("--show", type=at_least(0), default=2, help="held-out problems to print at the end (default 2)")
+
+
+def add_start_options(p, init, rl_share):
+    """The options of a stage that goes on from a checkpoint, in midtrain.py and grpo.py: where it starts, on what, how long."""
+    g = p.add_argument_group("start, problems and compute")
+    g.add_argument("--init", default=init, help=f"checkpoint to start from (default {init})")
+    g.add_argument("--ops", help='op range, in grpo.py also "edge": that of evaluate.py (default: OOD-edge, see evaluate.py)')
+    g.add_argument("--id-share", type=at_least(0.0, up_to=1), help="share of problems from the range of pre-training")
+    g.add_argument("--mix", help='instead of these two a mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20,school:2-20"')
+    g.add_argument("--budget", type=at_least(1e-6), metavar="T", help="tokens of mid-training and RL, instead of --steps")
+    g.add_argument("--rl-share", type=rl_share, metavar="B", help="share of the budget for RL, see grpo.RL_COST")
 
 
 @contextmanager
@@ -887,20 +896,30 @@ def check_run_files(args, inputs=()):
     check_outputs(args.out, args.metrics, inputs=inputs)
 
 
+def read_trained(path, vocabulary):
+    """A checkpoint of a stage and its model. Raises ValueError with a line for the user."""
+    checkpoint = load_checkpoint(path)
+    model, recipe, id_ops = build_model(checkpoint, path), checkpoint.get("recipe"), checkpoint.get("id_ops")
+    numbers = [checkpoint.get("step"), checkpoint.get("problems"), *(id_ops if isinstance(id_ops, list) else [None])]
+    if not (isinstance(recipe, dict) and isinstance(recipe.get("preset"), str) and len(numbers) == 4
+            and all(type(n) is int for n in numbers)):
+        raise ValueError(f"{path} does not say how it was trained: it is not a whole checkpoint of a stage")
+    if recipe.get("vocabulary", vocabulary) != vocabulary:
+        raise ValueError(f"{path} was trained with other tokens: data.py has changed since, so train anew")
+    return checkpoint, model
+
+
 def read_start(args, presets, vocabulary):
     """What midtrain.py and grpo.py start from: the checkpoint --init or, if --resume has something to continue, --out.
 
     Sets args.preset, if it was not given, and args.init_run, the id of the run that made --init. Returns the checkpoint and its
     model. Raises ValueError with a line for the user.
     """
+    if (args.budget is None) != (args.rl_share is None) or args.budget is not None and args.steps is not None:
+        raise ValueError("--budget and --rl-share go together, and instead of --steps")
     path = args.out if args.resume and os.path.exists(args.out) else args.init
-    start = load_checkpoint(path)
-    model, recipe, id_ops = build_model(start, path), start.get("recipe"), start.get("id_ops")
-    if not (isinstance(recipe, dict) and isinstance(recipe.get("preset"), str) and isinstance(id_ops, list) and len(id_ops) == 2
-            and all(type(op) is int for op in id_ops)):
-        raise ValueError(f"{path} does not say how it was trained: it is not a whole checkpoint of a stage")
-    if recipe.get("vocabulary", vocabulary) != vocabulary:
-        raise ValueError(f"{path} was trained with other tokens: data.py has changed since, so train anew")
+    start, model = read_trained(path, vocabulary)
+    recipe = start["recipe"]
     args.preset = args.preset or recipe["preset"]
     if args.preset not in presets:
         raise ValueError(f"{path} has preset {args.preset}, which is not in PRESETS here: add it, or give --preset")
@@ -911,6 +930,18 @@ def read_start(args, presets, vocabulary):
     else:
         raise ValueError(f"there is no checkpoint {args.init}, and {args.out} was made from {recipe.get('init')}")
     return start, model
+
+
+def measured_edge(path, checkpoint):
+    """The op range that evaluate.py named as the edge of this checkpoint. Raises ValueError with a line for the user."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            edge = json.load(f)["checkpoints"][checkpoint]["edge"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"--ops edge needs {checkpoint} in {path}: run python evaluate.py {checkpoint}") from None
+    if edge is None:
+        raise ValueError(f"{path} names no edge for {checkpoint}: no op has low pass@1 and some pass@k; give --ops")
+    return "{}-{}".format(*edge)
 
 
 def open_run(parser, args, stage, state, **parts):

@@ -16,51 +16,34 @@ from dataclasses import asdict
 import torch
 
 import data
-from model import (CONFIGS, Config, Progress, Transformer, add_training_options, any_rank, at_least, check_run_files,
+from model import (CONFIGS, Config, Progress, Transformer, add_prediction_options, any_rank, at_least, check_run_files,
                    choose_device, compile_layers, end_if, fill_from_preset, give_up, make_optimizers, mean_loss, n_ranks,
                    noted_interrupts, one_line_errors, open_run, peak_flops, rank, run_script, sample, save_checkpoint, say,
                    say_expected_time, set_up, stage_parser, step_batches, sum_gradients_over_ranks, sum_over_ranks, to_device,
                    write_metrics)
 
 # ----------------------------------------------------------------------------------------------------------------------
-# settings: a preset is a model (model.CONFIGS) and what suits it. Each can be set on the command line
+# settings: a preset is a model (model.CONFIGS) and what suits it. Each can be changed on the command line
 
-PRESETS = {
-    "tiny": dict(                      # chosen by measurement for ten minutes on two CPU cores
-        mix="all:2-4:0.9,all:5:0.1",   # with op 2-5 evenly all of them came out worse
-        distractors=2.0,
-        late_distractors=5.0,          # from two thirds of the steps on: to find a sentence among many is learnt last
-        loss="all",
-        steps=3580,
-        batch=64,
-        optimizer="muon",
-        momentum=0.8,
-        lr=8e-3,
-        min_lr=0.0,
-        warmup=0.05,
-        weight_decay=0.1,
-        grad_clip=1.0,
-        name_parts=0.5,
-        micro_tokens=1536,
-        workers=0, log_every=5, eval_every=100, save_every=200),
-    "100m": dict(                      # arXiv 2512.07783: 10B of its tokens at 512k a step, which is about 22M problems
-        mix="all:2-4:0.2,all:5-7:0.3,all:8-10:0.5",  # easy, medium, hard
-        distractors=2.0,
-        late_distractors=2.0,
-        loss="all",
-        steps=19_000,
-        batch=1152,
-        optimizer="adamw",
-        momentum=0.95,
-        lr=1e-4,
-        min_lr=3e-5,
-        warmup=0.05,
-        weight_decay=0.1,
-        grad_clip=1.0,
-        name_parts=0.0,
-        micro_tokens=32768,
-        workers=4, log_every=5, eval_every=100, save_every=500),
-}
+SETTINGS = dict(  # preset tiny: ten minutes on two CPU cores; 100m: arXiv 2512.07783, 10B of its tokens, about 22M problems
+    mix=("all:2-4:0.9,all:5:0.1", "all:2-4:0.2,all:5-7:0.3,all:8-10:0.5"),  # tiny: op 2-5 evenly was worse; 100m: easy, medium, hard
+    distractors=(2.0, 2.0),
+    late_distractors=(5.0, 2.0),     # in the last third of the steps. Finding a sentence among many is learnt last
+    steps=(3580, 19_000),
+    batch=(64, 1152),                # 100m: 512k of the paper's tokens
+    optimizer=("muon", "adamw"),
+    momentum=(0.8, 0.95),
+    lr=(8e-3, 1e-4),
+    min_lr=(0.0, 3e-5),
+    warmup=(0.05, 0.05),
+    weight_decay=(0.1, 0.1),
+    name_parts=(0.5, 0.0),           # see `new_model`
+    micro_tokens=(1536, 32_768),
+    workers=(0, 4),
+    log_every=(5, 5),
+    eval_every=(100, 100),
+    save_every=(200, 500))
+PRESETS = {preset: {name: values[i] for name, values in SETTINGS.items()} for i, preset in enumerate(("tiny", "100m"))}
 
 
 def arguments():
@@ -68,15 +51,12 @@ def arguments():
     g = p.add_argument_group("data")
     g.add_argument("--ops", help="op range, all contexts, uniform: 2-10 or 5")
     g.add_argument("--mix", help='mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20:0.99,school:2:0.01"')
-    g.add_argument("--distractors", type=at_least(0.0), help="mean number of sentences that the question does not need")
-    g.add_argument("--late-distractors", type=at_least(0.0), help="the same in the last third of the steps")
-    add_training_options(p)
-    g = p.add_argument_group("model (defaults from the preset)")
-    for name in ("n_layers", "width", "n_heads", "n_kv_heads", "mlp", "look_back"):  # model.Config says what they are
-        g.add_argument("--" + name.replace("_", "-"), type=at_least(0 if name == "look_back" else 1))
-    g.add_argument("--rope-theta", type=at_least(1e-6))
-    g.add_argument("--init-std", type=at_least(0.0), help="standard deviation of the first weights")
-    g.add_argument("--name-parts", type=at_least(0.0), help="weight of KIND and PLACE in the first embedding of KIND in PLACE")
+    g.add_argument("--late-distractors", type=at_least(0.0), help="--distractors of the last third of the steps")
+    add_prediction_options(p)
+    g = p.add_argument_group("model (defaults from the preset)", "what they are: class Config in model.py, new_model in pretrain.py")
+    for name, low in dict(n_layers=1, width=1, n_heads=1, n_kv_heads=1, mlp=1, rope_theta=1.0, init_std=0.0, look_back=0,
+                          name_parts=0.0).items():
+        g.add_argument("--" + name.replace("_", "-"), type=at_least(low))
     args = p.parse_args()
     with one_line_errors(p):
         choose_device(args)
@@ -89,8 +69,6 @@ def arguments():
         data.distractor_law(args.distractors), data.distractor_law(args.late_distractors)
         if args.width % (2 * args.n_heads) or args.n_heads % args.n_kv_heads:
             raise ValueError("--width must be a multiple of 2 * --n-heads, --n-heads a multiple of --n-kv-heads")
-        if args.batch < n_ranks():
-            raise ValueError(f"--batch {args.batch} leaves ranks without problems: give each at least one")
         check_run_files(args)
     return p, args
 
@@ -175,11 +153,9 @@ def main():
         f"{args.mix}; {args.steps} steps of {args.batch} problems; {args.optimizer}, learning rate {args.lr:g}; {args.dtype} on "
         f"{device}, {n_ranks()} ranks, {torch.get_num_threads()} threads")
     if args.compile:
-        say("compiling for each size of micro-batch")
         compile_layers(model)
-        for size in data.pack_sizes(args.micro_tokens):
+        for size in data.pack_sizes(args.micro_tokens):  # one program for each size, before the clock starts
             accumulate(model, [data.pack([], size)], torch.ones(2), device, precision)
-        mean_loss(model, *held_out, device, precision)
     if start < args.steps:  # the last third may have longer texts
         probes = [next(step_batches(steps, s, s + 1, 0, device)) for s in (start, (start + args.steps) // 2, args.steps - 1)]
         say_expected_time(lambda probe: float(accumulate(model, *probe, device, precision)[0]), probes, args.steps - start)
