@@ -1,12 +1,12 @@
 """
-The transformer: a Qwen2-style decoder (RMSNorm, rotary positions, grouped-query attention with q/k/v bias, SwiGLU, tied
-embeddings), batched sampling with a key-value cache, and checkpoints.
+The transformer, sampling from it, and checkpoints.
 
-Parameters have the names and layouts of Hugging Face's Qwen2ForCausalLM without its leading "model.", so a model moves
-there and back by renaming (`to_hf`, `from_hf`), and `python model.py CKPT --to-hf DIR` writes one that
-`AutoModelForCausalLM.from_pretrained(DIR)` loads.
+The model is a Qwen2-style decoder (arXiv 2407.10671): RMSNorm, rotary positions, grouped-query attention with q/k/v bias,
+SwiGLU, tied embeddings. Parameters have the names and layouts of Hugging Face's Qwen2ForCausalLM without its leading
+"model.". So a model moves there and back by renaming (`to_hf`, `from_hf`), and `python model.py CKPT --to-hf DIR` writes one
+that `AutoModelForCausalLM.from_pretrained(DIR)` loads.
 
-Letters in shape comments: B rows, T tokens, C width, H heads, G key-value heads, D width of a head.
+Letters in shape comments: B rows, T tokens, C width, H heads, KV key-value heads, D width of a head.
 """
 import argparse
 import json
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 
-# torch prefers cuDNN's attention on Hopper devices, which plans anew for every shape; flash attention takes any
+# On Hopper GPUs torch prefers cuDNN's attention, which plans anew for every shape. Flash attention takes any shape.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -33,21 +33,23 @@ class Config:
     width: int
     n_heads: int
     n_kv_heads: int
-    mlp: int                 # width inside the MLP
+    mlp: int                 # hidden width of the MLP
     vocab_size: int = 640    # data.VOCAB_SIZE
     rope_theta: float = 1e6
     eps: float = 1e-6
     init_std: float = 0.02
-    look_back: int = 0       # layers in which some heads start out looking at the tokens just before (see `look_back`)
+    look_back: int = 0       # number of layers in which some heads start out attending to the tokens just before
 
 
 CONFIGS = {
     "tiny": Config(n_layers=4, width=128, n_heads=4, n_kv_heads=2, mlp=384, rope_theta=1e4, init_std=0.05, look_back=2),
-    "100m": Config(n_layers=12, width=768, n_heads=12, n_kv_heads=2, mlp=3072),  # arXiv 2512.07783, its model
+    "100m": Config(n_layers=12, width=768, n_heads=12, n_kv_heads=2, mlp=3072),  # the model of arXiv 2512.07783
 }
 
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467)."""
+
     def __init__(self, width, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -60,8 +62,11 @@ class RMSNorm(nn.Module):
 
 
 class RMSNormCPU(torch.autograd.Function):
-    """F.rms_norm with its gradient written out, and one rounding under autocast: on a CPU, torch runs it and its backward pass
-    as a chain of small operations. Whole training steps are 1.02 to 1.06 times as fast (two cores, `tests/bench.py norm`)."""
+    """F.rms_norm for a CPU, with its gradient written out.
+
+    On a CPU, torch runs F.rms_norm and its backward pass as a chain of small operations. Written out, whole training steps
+    are 1.02 to 1.06 times as fast (two cores, `tests/bench.py norm`).
+    """
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -69,7 +74,7 @@ class RMSNormCPU(torch.autograd.Function):
         normed = x * rstd
         ctx.save_for_backward(normed, rstd, weight)
         out = normed * weight
-        # rounded once here, and not in each of the matrix products that read it
+        # under autocast, round once here instead of in each matrix product that reads the result
         return out.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else out
 
     @staticmethod
@@ -83,23 +88,25 @@ class RMSNormCPU(torch.autograd.Function):
 
 
 def rotary_tables(positions, dim, theta):
-    """For integer positions (..., T) the cosine and the sine, negative in the first half, both (..., T, dim) in float32.
+    """Integer positions (..., T) -> cosines and sines (..., T, dim) for `rotate`, float32 (RoFormer, arXiv 2104.09864).
 
-    (RoFormer, arXiv 2104.09864)
+    The sine is negative in the first half of dim.
     """
     frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
     angles = positions[..., None].float() * frequencies
-    cos, sin = angles.cos(), angles.sin()  # the two halves of a head rotate together, as in Qwen2
+    cos, sin = angles.cos(), angles.sin()  # as in Qwen2, entry i of a head rotates with entry i + dim / 2
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Apply rotary positions to x (B, H, T, D); the result has the precision of cos and sin."""
+    """Apply rotary positions to x (..., D). The result has the precision of cos and sin."""
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat((b, a), dim=-1), sin)
 
 
 class Attention(nn.Module):
+    """Grouped-query attention: H / KV neighbouring query heads share a key-value head (arXiv 2305.13245)."""
+
     def __init__(self, config):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.width // config.n_heads
@@ -111,13 +118,15 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, attend, *sequences):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_heads, self.head_dim).transpose(1, 2)     # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, D)
-        v = self.v_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, D)
+        k = self.k_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, KV, T, D)
+        v = self.v_proj(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)  # (B, KV, T, D)
         y = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, *sequences)            # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))                        # (B, T, C)
 
 
 class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.width, config.mlp, bias=False)
@@ -141,32 +150,35 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def causal_attention(q, k, v):
-    """Every token sees itself and those before it; q (B, H, T, D), k and v (B, G, T, D) with G dividing H."""
-    # no mask is built: the fused kernels know "causal"; query heads that share a key-value head are neighbours
-    if q.device.type == "cpu":  # there the backward pass in bfloat16 takes ten times as long as in float32
-        with torch.autocast("cpu", enabled=False):
-            q, k, v = q.float(), k.float(), v.float()
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+def causal_attention(q, k, v, mask=None):
+    """Attention of every token to itself and the tokens before it: q (B, H, T, D), k and v (B, KV, T, D) -> (B, H, T, D).
+
+    mask: (T, T), True where a query (row) may attend to a key (column), instead. Without it none is built: the fused kernels
+    know "causal".
+    """
+    options = dict(attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, **options)
+    with torch.autocast("cpu", enabled=False):  # on a CPU the backward pass in bfloat16 takes ten times as long as in float32
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
 
 
 def packed_attention(q, k, v, cu_seqlens, max_seqlen):
-    """`causal_attention` where a row (B = 1) is several sequences end to end, see data.pack: a token sees its own only."""
-    T, gqa = q.shape[2], q.shape[1] != k.shape[1]
-    if q.is_cuda:  # the fused kernel, for bfloat16: it skips what is not of the same sequence
-        q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))                # (T, H, D), twice (T, G, D)
-        y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), enable_gqa=gqa)
-        return y.transpose(0, 1)[None]
-    sequence = sequence_of(cu_seqlens, T)  # elsewhere a mask, which is slow and good for comparison
-    sees = (sequence[:, None] == sequence).tril()
-    with torch.autocast(q.device.type, enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), sees, enable_gqa=gqa)
+    """`causal_attention` inside each of several sequences laid end to end in one row (B = 1), see data.pack.
+
+    cu_seqlens: where each sequence begins, and where the last one ends. max_seqlen: length of the longest.
+    """
+    if q.is_cuda:  # a fused kernel, in bfloat16, that skips pairs of tokens from different sequences
+        q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))                # (T, H, D), (T, KV, D), (T, KV, D)
+        y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0),
+                        enable_gqa=q.shape[1] != k.shape[1])
+        return y.transpose(0, 1)[None]                                                 # (1, H, T, D)
+    sequence = sequence_of(cu_seqlens, q.shape[2])
+    return causal_attention(q, k, v, (sequence[:, None] == sequence).tril())  # slow; the tests compare with it
 
 
 def sequence_of(cu_seqlens, T):
-    """Which sequence each of T tokens belongs to."""
+    """The index of the sequence that each of T tokens belongs to, (T,)."""
     return torch.searchsorted(cu_seqlens, torch.arange(T, device=cu_seqlens.device, dtype=torch.int32), right=True) - 1
 
 
@@ -177,18 +189,16 @@ def filled_up(where):
 
 @torch.no_grad()
 def look_back(attention, theta, scale=4.5):
-    """Let the query heads that share the first key-value head start out looking 1, 2, ... tokens back.
+    """Let the query heads that share the first key-value head start out attending 1, 2, ... tokens back.
 
-    Copying from the context needs a head that knows the token before each (arXiv 2209.11895); found by chance, that takes
-    a small model a good part of a short run. Query and key biases alone make one, as rotary positions turn them with the
-    distance. Only the start differs: the model stays a Qwen2 and training may change it all.
+    Copying from the context needs a head that knows the token before each (arXiv 2209.11895). A small model spends a good
+    part of a short run on finding one by chance. Query and key biases alone make one, since rotary positions turn them by
+    the distance. Only the start differs: the model stays a Qwen2, and training may change all of it.
     """
-    H, G, D = attention.n_heads, attention.n_kv_heads, attention.head_dim
-    bias = torch.zeros(1, H // G, 1, D)
-    bias[..., :D // 2] = scale
-    back = -torch.arange(1.0, H // G + 1)[None, :, None]  # (1, R, 1): turned back by so many positions
-    attention.k_proj.bias[:D] = bias[0, 0, 0]
-    attention.q_proj.bias[:H // G * D] = rotate(bias, *rotary_tables(back, D, theta)).flatten()
+    heads, D = attention.n_heads // attention.n_kv_heads, attention.head_dim
+    bias = scale * (torch.arange(D) < D // 2)  # (D,)
+    attention.k_proj.bias[:D] = bias
+    attention.q_proj.bias[:heads * D] = rotate(bias, *rotary_tables(-torch.arange(1.0, heads + 1), D, theta)).flatten()
 
 
 class Transformer(nn.Module):
@@ -223,44 +233,50 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def head(self, hidden):
-        """Logits over the vocabulary."""
+        """What `hidden` returns (..., C) -> logits (..., vocabulary)."""
         return F.linear(hidden, self.embed_tokens.weight)
 
     def forward(self, ids):
-        """ids (B, T) -> logits (B, T, vocabulary) of the token that follows each."""
+        """ids (B, T) -> logits (B, T, vocabulary) of the next token at each position."""
         return self.head(self.hidden(ids))
 
     def loss(self, x, y, *sequences, reduction="sum"):
-        """Cross-entropy in nats of targets y (B, T) given x (B, T); positions with y = -100 do not count. sequences: see `hidden`."""
-        hidden, y = self.hidden(x, *sequences).flatten(0, 1), y.flatten()
-        if not hidden.is_cuda:  # no logits where there is no loss; on CUDA the selection would wait for the device
+        """Cross-entropy in nats of targets y (B, T) given x (B, T), a scalar. Targets of -100 do not count.
+
+        reduction: "sum" over the targets or "mean". sequences: see `hidden`.
+        """
+        hidden, y = self.hidden(x, *sequences).flatten(0, 1), y.flatten()              # (B T, C), (B T,)
+        if not hidden.is_cuda:  # compute logits only where there is a target; on CUDA the selection would wait for the device
             where = (y != -100).nonzero()[:, 0]
             hidden, y = hidden.index_select(0, filled_up(where)), F.pad(y[where], (0, -len(where) % 128), value=-100)
         return F.cross_entropy(self.head(hidden).float(), y, reduction=reduction)
 
     def logprobs(self, x, where, targets, temperature=1.0, *sequences):
-        """Log-probabilities (N,) of targets (N,), in nats, and the entropy (N,) of what each was drawn from (no gradient).
+        """Log-probabilities (N,) of targets (N,) and entropies (N,) of their distributions, without gradient, both in nats.
 
-        targets[i] follows position where[i] of x (B, T), counted row by row. temperature: as it was when they were sampled.
+        targets[i] follows position where[i] of x (B, T), counted row by row. temperature: the one they were sampled at.
         sequences: see `hidden`.
         """
-        hidden = self.hidden(x, *sequences).flatten(0, 1).index_select(0, filled_up(where))
-        logprobs = (self.head(hidden)[:len(where)].float() / temperature).log_softmax(-1)
+        hidden = self.hidden(x, *sequences).flatten(0, 1).index_select(0, filled_up(where))  # (N', C), N' >= N
+        logprobs = (self.head(hidden)[:len(where)].float() / temperature).log_softmax(-1)  # (N, vocabulary)
         with torch.no_grad():
             entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
     def n_params(self):
+        """Number of parameters; the embedding, which is also the head, counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T):
-        """Of a training step (2 operations a parameter forward, 4 backward) on rows of T tokens, with causal attention."""
-        c = self.config
-        return 6 * self.n_params() + 6 * c.n_layers * c.width * T  # a token attends to T / 2 others in the mean
+        """Operations of a training step per token of rows of T tokens (arXiv 2204.02311, appendix B, with causal attention).
+
+        6 a parameter (2 forward, 4 backward); and a token attends to T / 2 others in the mean.
+        """
+        return 6 * self.n_params() + 6 * self.config.n_layers * self.config.width * T
 
 
 def peak_flops(device_name):
-    """Peak of bfloat16 matrix products without sparsity, operations/s, as the makers state it; None where not known."""
+    """Peak of dense bfloat16 matrix products in operations/s, from the makers' data sheets; None for other devices."""
     peaks = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
              "RTX 4090": 165e12}
     return next((peak for name, peak in peaks.items() if name in device_name), None)
