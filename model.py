@@ -365,13 +365,13 @@ class Decoder:
         self.generated_mask.index_fill_(0, self.slot, 0.0)  # the slot of this token is in use from now on
         x = self.embedding[self.token]                                                     # (B, C)
         for (qkv_bias, qkv, o, gate_up, down), prompt_kv, generated_kv in zip(self.weights, self.prompt_kv, self.generated_kv):
-            y = F.linear(self.rms_norm(x), qkv, qkv_bias).view(-1, H + 2 * KV, D)          # q, k and v of each row
+            y = torch.addmm(qkv_bias, self.rms_norm(x), qkv).view(-1, H + 2 * KV, D)       # q, k and v of each row
             qk = rotate(y[:, :H + KV], cos, sin).to(self.dtype)                            # (B, H + KV, D)
             y = self.attend(qk[:, :H], qk[:, H:], y[:, H + KV:], prompt_kv, generated_kv)  # (B, H D)
-            x = x + F.linear(y, o)
-            gate, up = F.linear(self.rms_norm(x), gate_up).chunk(2, dim=-1)                # (B, width of the MLP) each
-            x = x + F.linear(F.silu(gate) * up, down)
-        token, logprob = draw(F.linear(self.rms_norm(x), self.head_weight), self.temperature, self.uniform)
+            x = x + y @ o
+            gate, up = (self.rms_norm(x) @ gate_up).chunk(2, dim=-1)                       # (B, width of the MLP) each
+            x = x + (F.silu(gate) * up) @ down
+        token, logprob = draw(self.rms_norm(x) @ self.head_weight, self.temperature, self.uniform)
         self.token.copy_(token)
         self.logprob.copy_(logprob)
         self.slot += 1
@@ -406,20 +406,21 @@ class Decoder:
         on_generated = q @ generated_kv[0].mT + self.generated_mask                        # (P, KV, n, per_kv, S)
         weights = torch.cat((on_prompt, on_generated), dim=-1).softmax(-1)                 # (P, KV, n, per_kv, T + S)
         y = (weights[..., :T].flatten(2, 3) @ prompt_kv[1]).view_as(q) + weights[..., T:] @ generated_kv[1]  # shaped as q
-        return y.transpose(1, 2).flatten(2).flatten(0, 1)                                  # (B, H D)
+        return y.transpose(1, 2).reshape(P * n, -1)                                        # (B, H D)
 
     def lay_out_weights(self, model):
         """Put q, k, v side by side, and gate, up: fewer, larger matrix products. Fold norm weights and attention scale in."""
-        def side_by_side(layer):
+        def fuse(layer):
             a, m, scale = layer.self_attn, layer.mlp, layer.self_attn.head_dim ** -0.5
             qkv_bias = torch.cat((a.q_proj.bias * scale, a.k_proj.bias, a.v_proj.bias))
             qkv = torch.cat((a.q_proj.weight * scale, a.k_proj.weight, a.v_proj.weight)) * layer.input_layernorm.weight
             gate_up = torch.cat((m.gate_proj.weight, m.up_proj.weight)) * layer.post_attention_layernorm.weight
             return [w.to(self.dtype) for w in (qkv_bias, qkv, a.o_proj.weight, gate_up, m.down_proj.weight)]
 
-        self.weights = self.place("weights", map(side_by_side, model.layers))
+        # transposed, for x @ weight
+        self.weights = [[bias, *(w.T for w in matrices)] for bias, *matrices in self.place("weights", map(fuse, model.layers))]
         self.embedding = self.place("embedding", model.embed_tokens.weight.detach())
-        self.head_weight = self.place("head_weight", (self.embedding * model.norm.weight).to(self.dtype))
+        self.head_weight = self.place("head_weight", (self.embedding * model.norm.weight).to(self.dtype)).T
 
     def read_prompts(self, model, prompts):
         """Start the cache with the prompts. Returns what the head reads at the last token of each, (P, C)."""
