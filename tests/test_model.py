@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import model as M
-from model import CONFIGS, Config, RMSNormCPU, Transformer, build_model, load_checkpoint, sample, save_checkpoint
+from model import CONFIGS, Config, RMSNormCPU, Transformer, build_model, load_checkpoint, sample, sample_naive, save_checkpoint
 
 SMALL = dict(n_layers=2, width=32, n_heads=4, n_kv_heads=2, mlp=48, vocab_size=24, rope_theta=100.0)
 
@@ -161,7 +161,7 @@ def test_heads_that_look_back_start_out_looking_back():
         return attention[-1] @ v.repeat_interleave(3, 1)
 
     with torch.no_grad():
-        model.hidden(ids, attend=[attend, attend])
+        model.hidden(ids, attend=attend)
     def mean_weight(layer, head, back):
         return float(attention[layer][:, head].diagonal(-back, 1, 2).mean())
 
@@ -199,8 +199,8 @@ def test_captured_steps_write_what_plain_steps_write(precision, monkeypatch):
             return sample(model, PROMPTS, STOP, n=7, max_new=300, generator=torch.Generator("cuda").manual_seed(0), buffers=buffers)
 
     captured = [write(version) for version in versions]  # the second time with the graphs of the first
-    assert any(buffers["graphs"].values())
-    monkeypatch.setattr(M.Decoder, "replay", M.Decoder.decode_step)
+    assert any(isinstance(graph, torch.cuda.CUDAGraph) for graph in buffers["graphs"].values())
+    monkeypatch.setattr(M.GraphDecoder, "decode_step", M.Decoder.decode_step)
     for version, (tokens, logprobs) in zip(versions, captured):
         plain_tokens, plain_logprobs = write(version)
         assert tokens == plain_tokens and max(map(len, tokens)) > 128  # the cache has grown
@@ -389,15 +389,24 @@ def test_sampled_rows_are_scored_as_by_forward(temperature, rows):
     assert sorted(itertools.chain(*done)) == list(enumerate(tokens))
 
 
-def test_greedy_is_the_naive_loop():
-    model = biased_model(-30.0)  # never stops: 140 tokens make the cache grow twice
-    tokens, _ = sample(model, PROMPTS[:3], STOP, n=2, max_new=140, temperature=0)
-    for row, mine in enumerate(tokens):
-        ids = list(PROMPTS[row // 2])
-        for _ in range(140):
-            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-        assert mine == ids[-140:]
-    assert len({tuple(mine) for mine in tokens}) == 3  # prompts do matter
+@pytest.mark.parametrize("bias, max_new, prompts", [(-30.0, 140, PROMPTS[:3]), (1.0, 40, PROMPTS)], ids=["never stops", "stops"])
+def test_greedy_is_the_naive_loop(bias, max_new, prompts):
+    model = biased_model(bias)  # where it never stops, 140 tokens make the cache grow several times
+    tokens, logprobs = sample(model, prompts, STOP, n=2, max_new=max_new, temperature=0)
+    naive_tokens, naive_logprobs = sample_naive(model, prompts, STOP, n=2, max_new=max_new, temperature=0)
+    assert tokens == naive_tokens
+    for mine, naive in zip(logprobs, naive_logprobs, strict=True):
+        torch.testing.assert_close(mine, naive, rtol=0, atol=1e-4)
+    assert len({tuple(mine) for mine in tokens}) >= len(prompts) - 1  # prompts do matter
+
+
+def test_the_naive_loop_is_scored_as_by_forward():
+    model = biased_model(1.0)
+    tokens, logprobs = sample_naive(model, PROMPTS, STOP, n=3, max_new=20, temperature=0.7,
+                                    generator=torch.Generator().manual_seed(0))
+    assert_scored_as_by_forward(model, PROMPTS, tokens, logprobs, 3, 0.7)
+    assert_stops_well(tokens, 20)
+    assert len({tuple(mine) for mine in tokens}) > len(PROMPTS)
 
 
 def test_rows_longer_than_the_cache_at_first():
@@ -408,14 +417,13 @@ def test_rows_longer_than_the_cache_at_first():
 
 
 def test_rows_that_end_at_different_times_are_dropped_and_the_others_go_on(monkeypatch):
-    sizes, keep = [], M.Decoder.select
+    sizes, drop_ended = [], M.Decoder.drop_ended
 
-    def counted(decoder, prompts, rows):
-        before = len(decoder.lengths), decoder.n
-        keep(decoder, prompts, rows)
-        sizes.append((before, (len(decoder.lengths), decoder.n)))
+    def counted(decoder, alive):
+        drop_ended(decoder, alive)
+        sizes.append((alive.shape, (len(decoder.lengths), decoder.n)))
 
-    monkeypatch.setattr(M.Decoder, "select", counted)
+    monkeypatch.setattr(M.Decoder, "drop_ended", counted)
     model = biased_model(1.8)
     tokens, logprobs = sample(model, PROMPTS, STOP, n=7, max_new=90, generator=torch.Generator().manual_seed(0))
     assert any(b[0] < a[0] for a, b in sizes) and any(b[1] < a[1] for a, b in sizes)  # prompts and rows were dropped
@@ -433,16 +441,16 @@ def test_what_a_captured_step_needs(monkeypatch):
         return [x] if isinstance(x, torch.Tensor) else [t for part in x for t in tensors(part)] if type(x) in (list, tuple) else []
 
     def watched(decoder):
-        shape = len(decoder.lengths), decoder.n, decoder.bias.shape[2], decoder.generated_kv[0][0].shape[1]
+        graphs, shape = buffers["graphs"], (decoder.generated_kv[0][0].shape, decoder.prompt_mask.shape[-1])
         addresses = {name: [t.data_ptr() for t in tensors(value)] for name, value in vars(decoder).items() if tensors(value)}
-        if shape not in decoder.graphs:  # emptied where memory had to move
+        if shape not in graphs:  # emptied where memory had to move
             at.pop(shape, None)
         changed.update([shape] if at.setdefault(shape, addresses) != addresses else [])
-        decoder.graphs[shape] = "captured"
+        graphs[shape] = "captured"
         decode_step(decoder)
 
-    monkeypatch.setattr(M.Decoder, "static", True)
-    monkeypatch.setattr(M.Decoder, "decode_step", watched)
+    monkeypatch.setattr(M.GraphDecoder, "decode_step", watched)
+    monkeypatch.setattr(M, "Decoder", M.GraphDecoder)  # which `sample` takes on a CPU
     buffers, shapes = {}, []
     for seed in range(3):
         model = biased_model(1.0, seed)
@@ -467,12 +475,12 @@ def test_a_step_never_waits_for_the_device(monkeypatch):
                 moved.append(f)
             return out
 
-    monkeypatch.setattr(M.Decoder, "static", True)
+    monkeypatch.setattr(M.GraphDecoder, "decode_step", M.Decoder.decode_step)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.bfloat16)
     monkeypatch.setattr(torch, "rand", lambda *size, generator, device: torch.empty(*size, device=device))
     monkeypatch.setattr(M.RMSNorm, "forward", lambda norm, x: norm.weight * x)  # the one for CPUs looks for their autocast
-    decoder = M.Decoder(make_model().to("meta"), PROMPTS[:2], 3, 1.0)
+    decoder = M.GraphDecoder(make_model().to("meta"), PROMPTS[:2], 3, 1.0, buffers={})
     with Watch():
         decoder.step(torch.empty(6, device="meta"))
         decoder.step(torch.empty(6, device="meta"))
