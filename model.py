@@ -66,35 +66,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        if x.is_cuda:
-            return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
-        return RMSNormCPU.apply(x, self.weight, self.eps)
-
-
-class RMSNormCPU(torch.autograd.Function):
-    """F.rms_norm for a CPU, with its gradient written out.
-
-    On a CPU, torch runs F.rms_norm and its backward pass as a chain of small operations. Written out, whole training steps
-    are 1.02 to 1.06 times as fast (two cores, `tests/bench.py norm`).
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        normed = x * rstd
-        ctx.save_for_backward(normed, rstd, weight)
-        out = normed * weight
-        # under autocast, round once here instead of in each matrix product that reads the result
-        return out.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else out
-
-    @staticmethod
-    def backward(ctx, grad):
-        normed, rstd, weight = ctx.saved_tensors
-        grad = grad.to(normed.dtype)
-        grad_weight = (grad * normed).flatten(0, -2).sum(0)
-        grad = grad * weight
-        shared = (grad * normed).mean(-1, keepdim=True)
-        return torch.addcmul(grad, normed, shared, value=-1) * rstd, grad_weight, None
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
 def rotary_tables(positions, dim, theta):

@@ -2,7 +2,7 @@
 Benchmarks: ratios, measured side by side in one run, since machines and their moods differ.
 
     python tests/bench.py                 all (a few minutes on two cores)
-    python tests/bench.py data verify     only these: data, verify, train, norm, sample, grpo,
+    python tests/bench.py data verify     only these: data, verify, train, sample, grpo,
                                           cost (of the whole recipe, with grpo)
     python tests/bench.py profile         what the time of training and of sampling goes to
 
@@ -161,23 +161,6 @@ def bench_train():
                 row("  share of the device's peak (MFU), %", 100 * mine * per_token / peak, 100 * theirs * per_token / peak)
 
 
-def bench_norm():
-    """Whole training steps with our RMSNorm for CPUs against F.rms_norm."""
-    if DEVICE != "cpu":
-        return
-    torch.manual_seed(0)
-    batches, _, tokens, _ = training_batches("2-4")
-    run = train_steps(ours.Transformer(CONFIG).to(DEVICE), batches, lambda m, x, y: m.loss(x, y, reduction="mean"))
-    written_out = ours.RMSNormCPU.apply
-    rates = {}
-    for name in ("ours", "theirs") * 3:
-        ours.RMSNormCPU.apply = written_out if name == "ours" else \
-            lambda x, w, eps: torch.nn.functional.rms_norm(x, x.shape[-1:], w, eps)
-        rates[name] = max(rates.get(name, 0), rate(run, tokens, 1))
-    ours.RMSNormCPU.apply = written_out
-    row("training tokens/s with our RMSNorm on a CPU", rates["ours"], rates["theirs"], "theirs: F.rms_norm")
-
-
 def bench_sample():
     sample_batch(32, 8)
     sample_batch(64, 8)  # a step of GRPO with the preset tiny
@@ -304,7 +287,7 @@ def bench_cost():
 
 
 if __name__ == "__main__":
-    names = sys.argv[1:] or ["data", "verify", "train", "norm", "sample", "cost"]
+    names = sys.argv[1:] or ["data", "verify", "train", "sample", "cost"]
     if not all(f"bench_{name}" in globals() for name in names):
         sys.exit(__doc__)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
