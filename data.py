@@ -608,6 +608,44 @@ def read_rows(path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# coverage: does a mixture hold all that the problems of another one consist of?
+
+def steps_of(row):
+    """The steps of a solution, parents first: [(name, letter, letters of the parents, work)]."""
+    steps, letters = [], set()
+    for name, letter, work in re.findall(r"Define (.+?) as (\w); (.+?)\. ", row["solution"]):
+        used = dict.fromkeys(re.findall(r"\b[A-Za-z]\b", work))
+        steps.append((name, letter, [u for u in used if u in letters], work))
+        letters.add(letter)
+    return steps
+
+
+def features(row):
+    """What a solution consists of: kinds of steps, edges, and the numbers of digits of the values.
+
+    The number of steps is not among them: the length of the chain is what may be new.
+    """
+    shape, found = {}, set()
+    for name, letter, parents, work in steps_of(row):
+        literal_op = re.search(r"\d ([+*]) [A-Za-z]", work)
+        shape[letter] = (name.startswith("total "), len(parents))
+        found |= {(*shape[letter], literal_op[1] if literal_op else "", " - " in work), len(work.split()[-1]),
+                  *[(shape[p], shape[letter]) for p in parents]}
+    return found
+
+
+def coverage(mixture, other, world=World(), n=2000):
+    """The share of problems of `other`, a mixture or an op, that hold nothing new for a model trained on `mixture`.
+
+    That is, all their `features` occur in n training problems. If the share is small, a model fails for want of kinds of
+    steps, not because the chain is longer.
+    """
+    other = other if isinstance(other, Mixture) else parse_mixture(str(other))
+    known = set().union(*[features(make_row(i, mixture, world=world)) for i in range(n)])
+    return sum(features(make_row(i, other, split="eval", world=world)) <= known for i in range(n)) / n
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # tokens
 
 END = "<|endoftext|>"
@@ -816,12 +854,10 @@ def pad(rows, loss="all"):
 
 def show(row):
     """A problem for human readers: the text, the graph as a tree, the steps."""
-    steps = re.findall(r"Define (.+?) as (\w); (.+?)\. ", row["solution"])
-    name_of, parents, value = {letter: name for name, letter, _ in steps}, {}, {}
-    for name, letter, work in steps:
-        used = dict.fromkeys(re.findall(r"\b[A-Za-z]\b", work))
-        parents[name] = [name_of[u] for u in used if u in name_of and u != letter]
-        value[name] = work.split()[-1]
+    steps = steps_of(row)
+    name_of = {letter: name for name, letter, _, _ in steps}
+    parents = {name: [name_of[u] for u in used] for name, _, used, _ in steps}
+    value = {name: work.split()[-1] for name, _, _, work in steps}
     lines, seen = [], set()
 
     def tree(name, first, rest):
