@@ -19,10 +19,12 @@ mode), as used by arXiv 2512.07783:
 op, the difficulty, is the number of Define steps plus the number of operators written with letters.
 
 Problem i of a mixture is a pure function of (seed, i). So any worker can make any problem, and training can resume at any
-i. A hash of the reasoning chain puts each problem into the train split or the eval split (`split_of_chain`).
+i. A hash of the reasoning chain puts each problem into the train split or the eval split (`split_of_chain`). The number of
+distractors, sentences that the question does not need, changes nothing else in problem i.
 
     python data.py --ops 5 --n 1                             show one problem
     python data.py --ops 2-10 --n 1000 --out rows.jsonl      write rows in the format of the public data
+    python data.py --ops 5 --max-parents 2 --max-value 20    show a problem of a smaller world
 """
 import argparse
 import functools

@@ -291,7 +291,8 @@ WORLDS = [(max_parents, max_value) for max_parents in (2, 3, 4) for max_value in
 
 
 @pytest.mark.parametrize("max_parents, max_value", WORLDS)
-@pytest.mark.parametrize("spec, n, split, mean", [("2-14", 50, "train", 1), ("15-30", 15, "eval", 1), ("2-20", 20, "train", 10)])
+@pytest.mark.parametrize("spec, n, split, mean", [
+    ("2-14", 50, "train", 1), ("15-30", 15, "eval", 1), ("2-20", 20, "train", 10)])
 def test_a_world_keeps_to_its_limits(spec, n, split, mean, max_parents, max_value):
     """For needed quantities, for distractors and for the TOTALs that they use, and for every number written."""
     for row in rows(spec, n, 2, split, mean, max_parents, max_value):
