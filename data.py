@@ -19,12 +19,15 @@ mode), as used by arXiv 2512.07783:
 op, the difficulty, is the number of Define steps plus the number of operators written with letters.
 
 Problem i of a mixture is a pure function of (seed, i). So any worker can make any problem, and training can resume at any
-i. A hash of the reasoning chain puts each problem into the train split or the eval split (`split_of_chain`).
+i. A hash of the reasoning chain puts each problem into the train split or the eval split (`split_of_chain`). The number of
+distractors, sentences that the question does not need, changes nothing else in problem i.
 
     python data.py --ops 5 --n 1                             show one problem
     python data.py --ops 2-10 --n 1000 --out rows.jsonl      write rows in the format of the public data
+    python data.py --ops 5 --max-parents 2 --max-value 20    show a problem of a smaller world
 """
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -34,6 +37,7 @@ import random
 import re
 import sys
 from bisect import bisect
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -67,17 +71,18 @@ TEMPLATE_TO_CONTEXT = {c["template"]: name for name, c in CONTEXTS.items()}
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 MIN_OP, MAX_OP = 2, 30  # larger problems run out of names
-MAX_VALUE = 1000
+MAX_VALUE = 1000        # of the public data
+MIN_MAX_VALUE = 10      # of World.max_value: below it, sums of many parents rarely fit
 GRID = 5                # a problem has GRID places and GRID kinds
 TOTAL = GRID            # the column of the TOTAL of a place, after those of the kinds
 COLUMNS = GRID + 1      # entity = place * COLUMNS + column
 EVAL_SHARE = 10         # one reasoning chain in EVAL_SHARE is held out
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the reasoning graph: which quantity depends on which, with exactly `op` operations
+# the world: the settings of the generator
 
-# These numbers bring the mean number of steps and the mean depth close to the public data for op 2-20. The table is in
-# tests/test_data.py.
+# The probabilities bring the mean number of steps and the mean depth close to the public data for op 2-20. The table is
+# in tests/test_data.py.
 P_ASK_TOTAL = 0.8              # the question asks for a TOTAL
 P_TOTAL = 0.54                 # a new parent is the TOTAL of a place, not an instance
 P_LEAF, P_LEAF_LATE = 0.02, 0.5  # a waiting node becomes a leaf: while some of op is left, and when all is spent
@@ -90,20 +95,81 @@ P_DIFFERENCE = 0.45, 0.08       # subtract two parents instead of adding them: d
 P_LEAF_DISTRACTOR = 0.45       # a distractor is a leaf
 N_SHORT = 4                    # from the fifth on, distractors are long sentences (see `distractor_law`)
 LEAF_VALUES = (1,) * 3 + (2,) * 7 + (3,) * 7 + (4,) * 7    # as in the public data
+MAX_DISTRACTORS = 12           # every graph leaves names for so many
 
 
-def sample_graph(rng, op, n_distractors):
-    """Draw a graph that costs exactly `op` and leaves names for `n_distractors` more instances.
+def distractor_law(mean):
+    """Cumulative probabilities of 0..12 distractors with the given mean (`--distractors`).
+
+    The law is the same for every op, so a larger op changes the length of the chain and nothing else. It is geometric with
+    a heavy tail: up to one problem in sixteen has 8 to 12 distractors, most of them long. The tail brings training texts of
+    op 10 up to 256 tokens (the 99.9 % quantile), close to the mean text of op 20 with 289. So a test on larger ops hardly
+    meets new text lengths.
+    Raises ValueError for a mean outside 0..10.
+    """
+    if not 0 <= mean <= 10:
+        raise ValueError(f"the mean number of distractors must be in 0..10, got {mean:g}")
+    ns = np.arange(MAX_DISTRACTORS + 1)
+    tail = min(1 / 16, mean / 20)
+
+    def probabilities(ratio):
+        geometric = ratio ** ns / np.sum(ratio ** ns)
+        return (1 - tail) * geometric + tail * (ns >= 8) / np.sum(ns >= 8)
+
+    low, high = 0.0, 1e3  # the mean grows with the ratio, so bisect
+    for _ in range(100):
+        ratio = (low + high) / 2
+        low, high = (ratio, high) if probabilities(ratio) @ ns < mean else (low, ratio)
+    return np.cumsum(probabilities(ratio if mean else 0.0)).tolist()
+
+
+@dataclass(frozen=True)
+class World:
+    """The settings of the generator. The defaults are those of the public data. A small model needs a smaller world.
+
+    Raises ValueError with one line for the user.
+    """
+    distractors: float = 2.0   # mean number of sentences that the question does not need
+    max_parents: int = 4       # the largest number of parents of an instance, and of children of a TOTAL
+    max_value: int = MAX_VALUE
+
+    def __post_init__(self):
+        if self.max_parents not in range(2, max(N_PARENTS) + 1):
+            raise ValueError(f"the largest number of parents must be in 2..{max(N_PARENTS)}, got {self.max_parents}")
+        if not MIN_MAX_VALUE <= self.max_value <= MAX_VALUE:
+            raise ValueError(f"the largest value must be in {MIN_MAX_VALUE}..{MAX_VALUE}, got {self.max_value}")
+        self.law  # raises ValueError for a bad mean
+
+    @functools.cached_property
+    def law(self):
+        return distractor_law(self.distractors)
+
+    @functools.cached_property
+    def n_parents(self):
+        return [n for n in N_PARENTS if n <= self.max_parents]
+
+    @functools.cached_property
+    def n_children(self):
+        return [n for n in N_CHILDREN if n <= self.max_parents]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the reasoning graph: which quantity depends on which, with exactly `op` operations
+
+def sample_graph(rng, op, world):
+    """Draw a graph that costs exactly `op`.
 
     A node with k parents costs max(1, k), and a literal costs 1 more: a leaf 1, `c * p` 2, `a + b` 2, a TOTAL of k
     children k. The graph grows backwards from the question. A new node is paid for when it is added, at the lowest cost
     that it can have. Expanding a node spends more of the rest, `op_left`. The last waiting node becomes a leaf only
-    when nothing is left, so the cost is exact by construction.
+    when nothing is left, so the cost is exact by construction. If the names run out first, see `spend`.
 
     Only waiting nodes can become parents, so nodes are expanded in reverse topological order. A TOTAL is the sum of all
     instances of its place. So the instances of a place wait until its TOTAL is expanded, and then the place is closed.
 
-    Returns {entity: (parents, has_literal)}, the question first, or None if the names ran out (rare).
+    Every graph leaves names for MAX_DISTRACTORS more instances, so the graph does not depend on the number of distractors.
+
+    Returns {entity: (parents, has_literal)}, the question first, or None if there is no way to spend all of op (rare).
     """
     rand = rng.random
     instances = [[] for _ in range(GRID)]  # place -> its instances so far
@@ -111,7 +177,8 @@ def sample_graph(rng, op, n_distractors):
     total = [0] * GRID                     # place -> 0: it has no TOTAL, 1: its TOTAL waits, 2: its TOTAL has been expanded
     graph, waiting = {}, []
     op_left = op
-    n_names = GRID * GRID                  # free names in places without a TOTAL
+    n_names = GRID * GRID - MAX_DISTRACTORS  # free names in places without a TOTAL, except for those of the distractors
+    max_cost = min(world.max_parents, 3) + 1  # of an instance, with its literal
 
     def pick(items):
         return items[int(rand() * len(items))]
@@ -140,23 +207,24 @@ def sample_graph(rng, op, n_distractors):
     def add_parent(max_price):
         """A new node, or None if there is none at that price."""
         if rand() < P_TOTAL:
-            spare = n_names - n_distractors - max_price // 2  # the rest of op needs names, too
+            spare = n_names - max_price // max_cost  # the rest of op needs names, too
             places = [p for p in range(GRID) if not total[p] and not expanded[p] and GRID - len(instances[p]) <= spare
-                      and (len(instances[p]) or 2) <= max_price]
+                      and (len(instances[p]) or 2) <= max_price and len(instances[p]) <= world.max_parents]
             if places:
                 return add_total(pick(places))
-        places = [p for p in range(GRID) if len(instances[p]) < GRID and price(p) <= max_price
-                  and (total[p] == 1 or (n_names > n_distractors and not total[p]))]
+        places = [p for p in range(GRID) if price(p) <= max_price
+                  and (len(instances[p]) < world.max_parents if total[p] == 1
+                       else not total[p] and n_names > 0 and len(instances[p]) < GRID)]
         return add_instance(pick(places)) if places else None
 
     p = int(rand() * GRID)
-    add_total(p) if rand() < P_ASK_TOTAL else add_instance(p)
+    add_total(p) if rand() < P_ASK_TOTAL and GRID <= n_names - (op - 2) // max_cost else add_instance(p)
     while waiting:
         ready = [j for j, e in enumerate(waiting) if e % COLUMNS == TOTAL or total[e // COLUMNS] != 1]
         entity = waiting.pop(ready[-1] if rand() < P_NEWEST else pick(ready))
         p, column = divmod(entity, COLUMNS)
         if column == TOTAL:
-            n_children = pick(N_CHILDREN)
+            n_children = pick(world.n_children)
             while not instances[p] or (len(instances[p]) < n_children and op_left >= 2):
                 add_instance(p)
             total[p] = 2
@@ -167,7 +235,7 @@ def sample_graph(rng, op, n_distractors):
             graph[entity] = ((), False)
             continue
         candidates, parents = waiting[:], []
-        for j in range(pick(N_PARENTS)):
+        for j in range(pick(world.n_parents)):
             cost = min(j, 1)  # each parent after the first is one more operator
             if op_left < cost:
                 break
@@ -178,28 +246,50 @@ def sample_graph(rng, op, n_distractors):
             parents.append(parent)
             op_left -= cost
         parents = parents or candidates[-1:]
-        if not parents:
-            return None
-        has_literal = op_left > 0 and len(parents) <= 3 and rand() < P_LITERAL
+        has_literal = op_left > 0 and 0 < len(parents) <= 3 and rand() < P_LITERAL
         op_left -= has_literal
         graph[entity] = (tuple(parents), has_literal)
-    return graph if op_left == 0 else None
+    return graph if op_left == 0 or spend(rng, graph, op_left, world) == 0 else None
 
 
-def sample_values(rng, graph):
+def spend(rng, graph, op_left, world):
+    """Add parents and literals to a graph that ran out of names before op was spent. Returns what is still left."""
+    order = list(graph)
+    instances = [e for e in order if e % COLUMNS != TOTAL and graph[e][0]]
+    for n_parents in range(2, world.max_parents + 1):
+        for entity in draw(rng, instances, len(instances)):
+            if not op_left:
+                return 0
+            parents, has_literal = graph[entity]
+            later = [e for e in order[order.index(entity) + 1:] if e not in parents]  # so there are no circles
+            if later and len(parents) < n_parents and len(parents) + has_literal <= 3:
+                parents += (later[int(rng.random() * len(later))],)
+                op_left -= 1
+            if op_left and not has_literal and len(parents) <= 3:
+                has_literal = True
+                op_left -= 1
+            graph[entity] = parents, has_literal
+    return op_left
+
+
+def sample_values(rng, graph, max_value):
     """Draw literals and operators, and compute all values.
 
-    This goes from the leaves up, so each choice can keep its value in 0..MAX_VALUE: "times" only if the product stays
-    small, and the larger parent first in a difference.
+    This goes from the leaves up, so each choice can keep its value in 0..max_value: "times" only if the product stays
+    small, and the larger parent first in a difference. Sums may still get too large. Then it starts again, and prefers
+    small values.
 
-    Returns {entity: Rule} in the order of computation, or None if a sum exceeded MAX_VALUE (rare).
+    Returns {entity: Rule} in the order of computation, or None if even the smallest values are too large (rare).
     """
-    rules = {}
-    for entity in reversed(graph):
-        rules[entity] = rule = sample_rule(rng, rules, entity, *graph[entity])
-        if rule.value > MAX_VALUE:
-            return None
-    return rules
+    for p_small in 0, 0.5, 1:
+        rules = {}
+        for entity in reversed(graph):
+            rules[entity] = rule = sample_rule(rng, rules, entity, *graph[entity], max_value, p_small)
+            if rule.value > max_value:
+                break
+        else:
+            return rules
+    return None
 
 
 def draw(rng, items, k):
@@ -220,31 +310,36 @@ class Rule(NamedTuple):
     value: int
 
 
-def sample_rule(rng, rules, entity, parents, has_literal):
+def sample_rule(rng, rules, entity, parents, has_literal, max_value, p_small=0):
+    """A rule for `entity`, with probability p_small the one with the smallest value. The value may exceed max_value."""
     rand = rng.random
+    small = p_small and rand() < p_small
     if not parents:
-        literal = LEAF_VALUES[int(rand() * 24)]
+        literal = 1 if small else LEAF_VALUES[int(rand() * 24)]
         return Rule((), False, "", literal, literal)
     values = [rules[p].value for p in parents]
-    difference = len(parents) == 2 and entity % COLUMNS != TOTAL and rand() < P_DIFFERENCE[values[0] == values[1]]
-    if difference and values[0] < values[1]:
-        parents = parents[::-1]
-    value = abs(values[0] - values[1]) if difference else sum(values)
+    value = sum(values)
+    difference = len(parents) == 2 and entity % COLUMNS != TOTAL and (
+        small or value + has_literal > max_value or rand() < P_DIFFERENCE[values[0] == values[1]])
+    if difference:
+        value = abs(values[0] - values[1])
+        if values[0] < values[1]:
+            parents = parents[::-1]
     if not has_literal:
         return Rule(parents, difference, "", 0, value)
-    times = rand() < 0.5 and 4 * value <= MAX_VALUE
-    literal = 2 + int(rand() * 3) if times else 1 + int(rand() * 4)
+    times = value == 0 if small else rand() < 0.5 and 4 * value <= max_value
+    most = 1 if small else 3 if times else min(4, max(1, max_value - value))
+    literal = times + 1 + int(rand() * most)
     return Rule(parents, difference, " * " if times else " + ", literal, literal * value if times else literal + value)
 
 
-def sample_distractors(rng, rules, n):
+def sample_distractors(rng, rules, n, world):
     """Draw `n` instances that the question does not need, each with a rule over the quantities before it.
 
     So there are no circles. A place with a TOTAL gets no new instance, because that would change the TOTAL. A distractor
     may introduce the TOTAL of another place, which closes that place.
 
-    Returns {entity: Rule} of the distractors and their TOTALs, in the order of computation, or None if the names ran out
-    (rare).
+    Returns {entity: Rule} of the distractors and their TOTALs, in the order of computation.
     """
     rand, rules, n_needed = rng.random, dict(rules), len(rules)
     closed = {e // COLUMNS for e in rules if e % COLUMNS == TOTAL}
@@ -260,59 +355,29 @@ def sample_distractors(rng, rules, n):
         children = tuple(e for e in rules if e // COLUMNS == p)
         value = sum(rules[e].value for e in children)
         free_elsewhere = [e for e in free if e // COLUMNS != p]
-        if p == own_place or not children or value > MAX_VALUE or len(free_elsewhere) < n - j - 1:
+        if (p == own_place or not 1 <= len(children) <= world.max_parents or value > world.max_value
+                or len(free_elsewhere) < n - j - 1):
             return None
         free = free_elsewhere
         rules[total] = Rule(children, False, "", 0, value)
         return total
 
     for j in range(n):
-        if not free:
-            return None
         entity = free.pop(int(rand() * len(free)))
         parents, n_tries = [], 0
         if rand() >= P_LEAF_DISTRACTOR or j >= N_SHORT:
-            n_tries = N_PARENTS[int(rand() * 100)] if j < N_SHORT else 6
+            n_tries = world.n_parents[int(rand() * len(world.n_parents))] if j < N_SHORT else 6
         for _ in range(n_tries):
-            if len(parents) == 4:
+            if len(parents) == world.max_parents:
                 break
             known = list(rules)
             parent = pick_total(entity // COLUMNS) if rand() < 0.15 else known[int(rand() * len(known))]
             if parent is not None and parent not in parents:
                 parents.append(parent)
-        rule = sample_rule(rng, rules, entity, tuple(parents), 0 < len(parents) <= 3 and rand() < 0.4)
-        rules[entity] = rule if rule.value <= MAX_VALUE else sample_rule(rng, rules, entity, (), False)
+        has_literal = 0 < len(parents) <= 3 and rand() < 0.4
+        rule = sample_rule(rng, rules, entity, tuple(parents), has_literal, world.max_value)
+        rules[entity] = rule if rule.value <= world.max_value else sample_rule(rng, rules, entity, (), False, world.max_value)
     return dict(itertools.islice(rules.items(), n_needed, None))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# how many distractors: the law is the same for every op, so a larger op changes the length of the chain and nothing else
-
-MAX_DISTRACTORS = 12  # so many fit beside the largest graphs
-
-
-def distractor_law(mean):
-    """Cumulative probabilities of 0..12 distractors with the given mean (`--distractors`).
-
-    The law is geometric with a heavy tail: up to one problem in sixteen has 8 to 12 distractors, most of them long. The
-    tail brings training texts of op 10 up to 260 tokens (the 99.9 % quantile), close to the mean text of op 20 with 282.
-    So a test on larger ops does not test new text lengths at the same time.
-    Raises ValueError for a mean outside 0..10.
-    """
-    if not 0 <= mean <= 10:
-        raise ValueError(f"the mean number of distractors must be in 0..10, got {mean:g}")
-    ns = np.arange(MAX_DISTRACTORS + 1)
-    tail = min(1 / 16, mean / 20)
-
-    def probabilities(ratio):
-        geometric = ratio ** ns / np.sum(ratio ** ns)
-        return (1 - tail) * geometric + tail * (ns >= 8) / np.sum(ns >= 8)
-
-    low, high = 0.0, 1e3  # the mean grows with the ratio, so bisect
-    for _ in range(100):
-        ratio = (low + high) / 2
-        low, high = (ratio, high) if probabilities(ratio) @ ns < mean else (low, ratio)
-    return np.cumsum(probabilities(ratio if mean else 0.0)).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -492,21 +557,20 @@ def op_groups(id_ops):
 # ----------------------------------------------------------------------------------------------------------------------
 # problem i
 
-def make_row(i, mixture, seed=0, split="train", law=distractor_law(2)):
+def make_row(i, mixture, seed=0, split="train", world=World()):
     """Problem `i` of a mixture: a row in the format of the public data, a pure function of the arguments.
 
-    Context, op and the number of distractors are drawn once. The rest is drawn again until the names suffice and no value
-    exceeds MAX_VALUE, which nearly always holds at once, and until the chain belongs to `split` (None: to any).
-    law: see `distractor_law`.
+    Context, op and the number of distractors are drawn once. The needed part of the problem is drawn again until its
+    chain belongs to `split` (None: to any). Distractors follow, so world.distractors does not change the needed part.
     """
     rng = random.Random((seed << 64) + i)
     context, op = mixture.cells[min(bisect(mixture.cumulative, rng.random()), len(mixture.cells) - 1)]
-    n_distractors = min(bisect(law, rng.random()), MAX_DISTRACTORS)
+    n_distractors = min(bisect(world.law, rng.random()), MAX_DISTRACTORS)
     c, (names, references, questions) = CONTEXTS[context], STRINGS[context]
     n_kinds = len(c["kinds"])
     while True:
-        graph = sample_graph(rng, op, n_distractors)
-        rules = graph and sample_values(rng, graph)
+        graph = sample_graph(rng, op, world)
+        rules = graph and sample_values(rng, graph, world.max_value)
         if not rules:
             continue
         places, kinds = draw(rng, range(len(c["places"])), GRID), draw(rng, range(n_kinds), GRID) + [n_kinds]
@@ -514,12 +578,9 @@ def make_row(i, mixture, seed=0, split="train", law=distractor_law(2)):
         name = [names[x] for x in index]
         asked = next(iter(graph))
         question = questions[index[asked]]
-        if split and split_of_chain(chain_of(rules, name, question)) != split:
-            continue
-        distractors = sample_distractors(rng, rules, n_distractors)
-        if distractors is not None:
+        if not split or split_of_chain(chain_of(rules, name, question)) == split:
             break
-    everything = {**rules, **distractors}
+    everything = {**rules, **sample_distractors(rng, rules, n_distractors, world)}
     reference = [references[x] for x in index]
     sentences = [e for e in everything if e % COLUMNS != TOTAL]
     sentences = draw(rng, sentences, len(sentences))
@@ -561,6 +622,44 @@ def read_rows(path):
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# coverage: does a mixture hold all that the problems of another one consist of?
+
+def steps_of(row):
+    """The steps of a solution, parents first: [(name, letter, letters of the parents, work)]."""
+    steps, letters = [], set()
+    for name, letter, work in re.findall(r"Define (.+?) as (\w); (.+?)\. ", row["solution"]):
+        used = dict.fromkeys(re.findall(r"\b[A-Za-z]\b", work))
+        steps.append((name, letter, [u for u in used if u in letters], work))
+        letters.add(letter)
+    return steps
+
+
+def features(row):
+    """What a solution consists of: kinds of steps, edges, and the numbers of digits of the values.
+
+    The number of steps is not among them: the length of the chain is what may be new.
+    """
+    shape, found = {}, set()
+    for name, letter, parents, work in steps_of(row):
+        literal_op = re.search(r"\d ([+*]) [A-Za-z]", work)
+        shape[letter] = (name.startswith("total "), len(parents))
+        found |= {(*shape[letter], literal_op[1] if literal_op else "", " - " in work), len(work.split()[-1]),
+                  *[(shape[p], shape[letter]) for p in parents]}
+    return found
+
+
+def coverage(mixture, other, world=World(), n=2000):
+    """The share of problems of `other`, a mixture or an op, that hold nothing new for a model trained on `mixture`.
+
+    That is, all their `features` occur in n training problems. If the share is small, a model fails for want of kinds of
+    steps, not because the chain is longer.
+    """
+    other = other if isinstance(other, Mixture) else parse_mixture(str(other))
+    known = set().union(*[features(make_row(i, mixture, world=world)) for i in range(n)])
+    return sum(features(make_row(i, other, split="eval", world=world)) <= known for i in range(n)) / n
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -660,7 +759,7 @@ IGNORE = -100  # the target at positions without loss, the default of torch's cr
 class TrainingSteps:
     """steps[s] -> the micro-batches of optimizer step s. So a run can resume at s, and any worker can make any step.
 
-    Step s trains on problems s * batch_size ... (s + 1) * batch_size - 1. Rank r of `world` ranks takes every world-th of
+    Step s trains on problems s * batch_size ... (s + 1) * batch_size - 1. Rank r of n_ranks takes every n_ranks-th of
     them. Each row holds one problem and is padded on the right. Attention is causal, so this needs no mask.
     Rows are sorted by length and cut into micro-batches of at most `micro_tokens` tokens, padding included. A longer row
     gets a micro-batch of its own. Shapes are multiples of (4, 16), because libraries prepare and keep a kernel for each
@@ -668,22 +767,23 @@ class TrainingSteps:
     (`pack`).
 
     A micro-batch is (x, y), int64 arrays (rows, T). y[b, t] is the token after x[b, t], or IGNORE where there is no loss:
-    on padding and, with loss="solution", on the prompt. late = (step, distractors) sets another mean from that step on.
+    on padding and, with loss="solution", on the prompt. late = (step, distractors) sets another mean number of distractors
+    from that step on.
     Works as a map-style data set of torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, end)).
     """
 
-    def __init__(self, mixture, batch_size, seed=0, split="train", loss="all", distractors=2.0, micro_tokens=8192,
-                 rank=0, world=1, packed=False, late=None):
+    def __init__(self, mixture, batch_size, seed=0, split="train", loss="all", world=World(), micro_tokens=8192,
+                 rank=0, n_ranks=1, packed=False, late=None):
         self.mixture, self.batch_size, self.seed, self.split = mixture, batch_size, seed, split
-        self.loss, self.law, self.micro_tokens = loss, distractor_law(distractors), micro_tokens
-        self.late_from, self.late_law = (late[0], distractor_law(late[1])) if late else (math.inf, None)
-        self.rank, self.world, self.packed, self.enc = rank, world, packed, tokenizer()
+        self.loss, self.world, self.micro_tokens = loss, world, micro_tokens
+        self.late_from, self.late_world = (late[0], replace(world, distractors=late[1])) if late else (math.inf, None)
+        self.rank, self.n_ranks, self.packed, self.enc = rank, n_ranks, packed, tokenizer()
 
     def __getitem__(self, step):
         first = step * self.batch_size
-        law = self.law if step < self.late_from else self.late_law
-        rows = [encode_row(self.enc, make_row(i, self.mixture, self.seed, self.split, law))
-                for i in range(first + self.rank, first + self.batch_size, self.world)]
+        world = self.world if step < self.late_from else self.late_world
+        rows = [encode_row(self.enc, make_row(i, self.mixture, self.seed, self.split, world))
+                for i in range(first + self.rank, first + self.batch_size, self.n_ranks)]
         return [arrays for _, arrays in micro_batches(rows, self.micro_tokens, self.loss, self.packed)]
 
 
@@ -777,12 +877,10 @@ def pad(rows, loss="all"):
 
 def show(row):
     """A problem for human readers: the text, the graph as a tree, the steps."""
-    steps = re.findall(r"Define (.+?) as (\w); (.+?)\. ", row["solution"])
-    name_of, parents, value = {letter: name for name, letter, _ in steps}, {}, {}
-    for name, letter, work in steps:
-        used = dict.fromkeys(re.findall(r"\b[A-Za-z]\b", work))
-        parents[name] = [name_of[u] for u in used if u in name_of and u != letter]
-        value[name] = work.split()[-1]
+    steps = steps_of(row)
+    name_of = {letter: name for name, letter, _, _ in steps}
+    parents = {name: [name_of[u] for u in used] for name, _, used, _ in steps}
+    value = {name: work.split()[-1] for name, _, _, work in steps}
     lines, seen = [], set()
 
     def tree(name, first, rest):
@@ -832,13 +930,18 @@ def main():
     p.add_argument("--seed", type=at_least(0), default=0, help="problem i is a pure function of (seed, i) (default 0)")
     p.add_argument("--split", choices=["train", "eval"], default="train",
                    help="no reasoning chain is in both splits (default train)")
-    p.add_argument("--distractors", type=float, default=2.0,
+    p.add_argument("--distractors", type=float, default=World.distractors,
                    help="mean number of sentences that the question does not need, 0 to 10 (default 2)")
+    p.add_argument("--max-parents", type=int, default=World.max_parents,
+                   help="largest number of parents of an instance and of children of a TOTAL, 2 to 4 (default 4)")
+    p.add_argument("--max-value", type=int, default=World.max_value,
+                   help=f"largest value of a quantity, {MIN_MAX_VALUE} to {MAX_VALUE} (default {MAX_VALUE})")
     p.add_argument("--out", help="JSONL file to write; without it, print the problems")
     args = p.parse_args()
     try:
-        mixture, law = mixture_of(args.ops, args.mix, "2-10"), distractor_law(args.distractors)
-        rows = (make_row(i, mixture, args.seed, args.split, law) for i in range(args.n))
+        mixture = mixture_of(args.ops, args.mix, "2-10")
+        world = World(args.distractors, args.max_parents, args.max_value)
+        rows = (make_row(i, mixture, args.seed, args.split, world) for i in range(args.n))
         if args.out is not None:
             write_rows(rows, args.n, args.out)
     except (ValueError, OSError) as error:

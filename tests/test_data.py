@@ -248,9 +248,10 @@ def test_the_solver_rejects(field, old, new):
 # what is generated
 
 @functools.cache
-def rows(spec, n, seed=0, split="train", mean=2):
-    mixture, law = data.parse_mixture(spec), data.distractor_law(mean)
-    return [data.make_row(i, mixture, seed, split, law) for i in range(n)]
+def rows(spec, n, seed=0, split="train", *world):
+    """world: arguments of data.World, the mean number of distractors first."""
+    mixture, world = data.parse_mixture(spec), data.World(*world)
+    return [data.make_row(i, mixture, seed, split, world) for i in range(n)]
 
 
 @functools.cache
@@ -284,6 +285,62 @@ def test_every_row_is_well_posed(spec, n, split, mean):
             solve(problem, name, values)
         assert all(0 <= value <= 1000 for value in values.values())
         assert set(values) == set(problem.rules)
+
+
+WORLDS = [(max_parents, max_value) for max_parents in (2, 3, 4) for max_value in (10, 20, 1000)]
+
+
+@pytest.mark.parametrize("max_parents, max_value", WORLDS)
+@pytest.mark.parametrize("spec, n, split, mean", [
+    ("2-14", 50, "train", 1), ("15-30", 15, "eval", 1), ("2-20", 20, "train", 10)])
+def test_a_world_keeps_to_its_limits(spec, n, split, mean, max_parents, max_value):
+    """For needed quantities, for distractors and for the TOTALs that they use, and for every number written."""
+    for row in rows(spec, n, 2, split, mean, max_parents, max_value):
+        problem, values = audit(row)
+        assert split_of(chain(row)) == split
+        for name in problem.rules:
+            solve(problem, name, values)
+        assert all(0 <= value <= max_value for value in values.values())
+        assert max(map(int, re.findall(r"\d+", row["solution"]))) <= max_value
+        assert max(len(rule.refs) for rule in problem.rules.values()) <= max_parents
+
+
+@pytest.mark.parametrize("max_parents, max_value", [(2, 20), (2, 1000), (3, 100), (4, 50)])
+def test_a_world_reaches_its_limits(max_parents, max_value):
+    """Each number of parents occurs, with and without a literal, and so do large values."""
+    forms, largest = set(), 0
+    for row in rows("5-14", 250, 3, "train", 2, max_parents, max_value):
+        problem, values = needed(row)
+        largest = max(largest, *values.values())
+        forms |= {(is_total(name), len(rule.refs), rule.literal_op) for name, rule in problem.rules.items()}
+    assert largest >= 0.9 * min(max_value, 100)
+    assert forms == {(False, 0, ""), *((True, n, "") for n in range(1, max_parents + 1)), *(
+        (False, n, literal) for n in range(1, max_parents + 1) for literal in ("", "plus", "times") if n < 4 or not literal)}
+
+
+@pytest.mark.parametrize("max_parents", [2, 3, 4])
+def test_numbers_of_parents_keep_their_ratios_in_a_smaller_world(max_parents):
+    world = data.World(2, max_parents)
+    for drawn, percent in (world.n_parents, {1: 20, 2: 58, 3: 14, 4: 8}), (world.n_children, {1: 8, 2: 52, 3: 29, 4: 11}):
+        assert collections.Counter(drawn) == {n: percent[n] for n in range(1, max_parents + 1)}
+
+
+@pytest.mark.parametrize("world", [(2, 1), (2, 5), (2, 0), (2, 2.5), (2, 4, 9), (2, 4, 1001), (2, 4, -1), (2, 4, float("nan")),
+                                   (-1,), (11,), (float("nan"),)])
+def test_world_rejects(world):
+    with pytest.raises(ValueError) as error:
+        data.World(*world)
+    assert "\n" not in str(error.value) and len(str(error.value)) > 15
+
+
+def test_distractors_do_not_change_what_is_needed():
+    """Not even where names are scarce: the same chain, so the same values, names and question, for every mean."""
+    for spec, n, world in (("2-20", 80, ()), ("21-30", 20, ()), ("8-20", 40, (2, 20))):
+        for split in ("train", "eval"):
+            few, *others = (rows(spec, n, 8, split, mean, *world) for mean in (0, 2, 10))
+            for some in others:
+                assert [chain(row) for row in some] == [chain(row) for row in few]
+                assert sum(map(n_distractors, some)) > sum(map(n_distractors, few)) == 0
 
 
 def test_the_text_keeps_to_the_grammar():
@@ -427,6 +484,42 @@ def test_the_order_of_the_sentences_says_nothing():
                    if 2 * j != len(at) - 1 and any(other not in values for other in at)]
     for coin in (before, halves):
         assert abs(np.mean(coin) - 0.5) < 5 * 0.5 / len(coin) ** 0.5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# coverage
+
+def test_features_of_a_row():
+    """By hand: 3; 2 times that; the TOTAL of both."""
+    leaf, copy, total = (False, 0), (False, 1), (True, 2)
+    assert data.features(ROW) == {(*leaf, "", False), (*copy, "*", False), (*total, "", False), 1,
+                                  (leaf, copy), (leaf, total), (copy, total)}
+    difference = "Define a in B as a; so a = 9. Define c in B as b; so b = 3 + a = 3 + 9 = 12. " \
+                 "Define d in B as c; e = b - a = 12 - 9 = 3; so c = 4 + e = 4 + 3 = 7. Answer: 7."
+    assert data.features({"solution": difference}) == {
+        (*leaf, "", False), (*copy, "+", False), (False, 2, "+", True), 1, 2,
+        (leaf, copy), (leaf, (False, 2)), (copy, (False, 2))}
+
+
+def features(row):
+    """The same from the text of the problem, with the solver."""
+    problem, values = needed(row)
+    shape = {name: (is_total(name), len(problem.rules[name].refs)) for name in values}
+    found = {len(str(value)) for value in values.values()}
+    for name in values:
+        form, literal_op, _, refs = problem.rules[name]
+        found.add((*shape[name], {"plus": "+", "times": "*"}.get(literal_op, ""), form == "difference"))
+        found |= {(shape[ref], shape[name]) for ref in refs}
+    return found
+
+
+def test_coverage_is_the_share_of_problems_without_new_features():
+    known = set.union(*map(features, rows("zoo:2-5", 150, 0, "train", 1, 3, 50)))
+    world, mixture = data.World(1, 3, 50), data.parse_mixture("zoo:2-5")
+    shares = [np.mean([features(row) <= known for row in rows(spec, 150, 0, "eval", 1, 3, 50)]) for spec in ("6", "zoo:7-9")]
+    assert 0 < shares[1] < shares[0] < 1
+    assert data.coverage(mixture, 6, world, n=150) == shares[0]
+    assert data.coverage(mixture, data.parse_mixture("zoo:7-9"), world, n=150) == shares[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -716,22 +809,22 @@ MIXTURE = data.parse_mixture("2-20")
 
 
 def test_a_step_trains_on_its_problems():
-    law = data.distractor_law(3)
-    steps = data.TrainingSteps(MIXTURE, batch_size=24, seed=4, distractors=3)
-    expected = [data.encode_row(ENC, data.make_row(i, MIXTURE, 4, "train", law))[0] for i in range(5 * 24, 6 * 24)]
+    world = data.World(3, 2, 20)
+    steps = data.TrainingSteps(MIXTURE, batch_size=24, seed=4, world=world)
+    expected = [data.encode_row(ENC, data.make_row(i, MIXTURE, 4, "train", world))[0] for i in range(5 * 24, 6 * 24)]
     assert rows_of(steps[5]) == sorted(expected)
 
 
 def test_late_steps_have_other_distractors():
-    steps = data.TrainingSteps(MIXTURE, batch_size=24, distractors=0, late=(3, 6))
-    few, many = (data.TrainingSteps(MIXTURE, batch_size=24, distractors=d) for d in (0, 6))
+    steps = data.TrainingSteps(MIXTURE, batch_size=24, world=data.World(0, 3, 50), late=(3, 6))
+    few, many = (data.TrainingSteps(MIXTURE, batch_size=24, world=data.World(d, 3, 50)) for d in (0, 6))
     assert same(steps[2], few[2]) and same(steps[3], many[3]) and not same(few[3], many[3])
 
 
-@pytest.mark.parametrize("batch_size, world", [(24, 2), (25, 3), (8, 8)])
-def test_the_ranks_share_a_step(batch_size, world):
+@pytest.mark.parametrize("batch_size, n_ranks", [(24, 2), (25, 3), (8, 8)])
+def test_the_ranks_share_a_step(batch_size, n_ranks):
     whole = data.TrainingSteps(MIXTURE, batch_size)[3]
-    parts = [data.TrainingSteps(MIXTURE, batch_size, rank=rank, world=world)[3] for rank in range(world)]
+    parts = [data.TrainingSteps(MIXTURE, batch_size, rank=rank, n_ranks=n_ranks)[3] for rank in range(n_ranks)]
     assert rows_of([batch for part in parts for batch in part]) == rows_of(whole)
     sizes = [len(rows_of(part)) for part in parts]
     assert max(sizes) - min(sizes) <= 1
@@ -785,7 +878,8 @@ def test_packed_micro_batches_hold_the_same_rows_in_few_shapes(micro_tokens, los
 
 def test_packed_micro_batches_are_filled_well():
     for spec, distractors in ("2-10", 2), ("11-14", 2), ("15-20", 6), ("2", 2):
-        steps = data.TrainingSteps(data.parse_mixture(spec), 1000, distractors=distractors, micro_tokens=16384, packed=True)
+        steps = data.TrainingSteps(data.parse_mixture(spec), 1000, world=data.World(distractors), micro_tokens=16384,
+                                   packed=True)
         batches = steps[0]
         assert sum((x != 0).sum() for x, *_ in batches) > 0.95 * sum(x.size for x, *_ in batches)
 
@@ -900,6 +994,11 @@ def test_no_distractors_in_either_split(tmp_path, split):
     assert {split_of(chain(row)) for row in made} == {split}
 
 
+def test_the_world_on_the_command_line(tmp_path):
+    options = ["--distractors", 1, "--max-parents", 2, "--max-value", 20]
+    assert written(tmp_path, "--ops", "5-12", "--n", 30, *options) == rows("5-12", 30, 0, "train", 1, 2, 20)
+
+
 def test_mix_on_the_command_line(tmp_path):
     made = written(tmp_path, "--mix", "zoo:2-20:0.99,school:2:0.01", "--n", 40, "--split", "eval")
     assert made == rows("zoo:2-20:0.99,school:2:0.01", 40, 0, "eval")
@@ -928,7 +1027,9 @@ BAD = [
     (["--mix", "zoo:2-4:x"], "'x'"), (["--mix", "lake:2"], "lake"), (["--mix", "zoo:2:0"], "zero"),
     (["--ops", "2", "--mix", "zoo:2"], "not both"), (["--n", "0"], "--n"), (["--n", "many"], "many"),
     (["--seed", "-1"], "--seed"), (["--split", "test"], "test"), (["--distractors", "-1"], "-1"),
-    (["--distractors", "nan"], "nan"), (["--out", "no/such/folder/rows.jsonl"], "no/such/folder"),
+    (["--distractors", "nan"], "nan"), (["--max-parents", "1"], "got 1"), (["--max-parents", "5"], "got 5"),
+    (["--max-parents", "two"], "two"), (["--max-value", "9"], "got 9"), (["--max-value", "1001"], "got 1001"),
+    (["--max-value", "2.5"], "2.5"), (["--out", "no/such/folder/rows.jsonl"], "no/such/folder"),
     (["--out", "."], "."), (["--frobnicate"], "--frobnicate"),
 ]
 
@@ -1004,7 +1105,7 @@ def test_out_touches_no_other_file(tmp_path):
 
 
 def test_training_lengths_come_near_those_of_op_20():
-    """The tail of the distractor law is for this: the longest op 10 texts come near the mean op 20 text."""
+    """The tail of the distractor law is for this: the longest op 10 texts are nearly as long as the mean op 20 text."""
     short, long = (np.array([len(data.encode_row(ENC, row)[0]) for row in rows(spec, n, 21)])
                    for spec, n in (("10", 800), ("20", 100)))
-    assert np.quantile(short, 0.99) > 0.85 * long.mean()
+    assert np.quantile(short, 0.99) > 0.8 * long.mean()
