@@ -624,9 +624,6 @@ def read_rows(path):
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# coverage: does a mixture hold all that the problems of another one consist of?
-
 def steps_of(row):
     """The steps of a solution, parents first: [(name, letter, letters of the parents, work)]."""
     steps, letters = [], set()
@@ -635,31 +632,6 @@ def steps_of(row):
         steps.append((name, letter, [u for u in used if u in letters], work))
         letters.add(letter)
     return steps
-
-
-def features(row):
-    """What a solution consists of: kinds of steps, edges, and the numbers of digits of the values.
-
-    The number of steps is not among them: the length of the chain is what may be new.
-    """
-    shape, found = {}, set()
-    for name, letter, parents, work in steps_of(row):
-        literal_op = re.search(r"\d ([+*]) [A-Za-z]", work)
-        shape[letter] = (name.startswith("total "), len(parents))
-        found |= {(*shape[letter], literal_op[1] if literal_op else "", " - " in work), len(work.split()[-1]),
-                  *[(shape[p], shape[letter]) for p in parents]}
-    return found
-
-
-def coverage(mixture, other, world=World(), n=2000):
-    """The share of problems of `other`, a mixture or an op, that hold nothing new for a model trained on `mixture`.
-
-    That is, all their `features` occur in n training problems. If the share is small, a model fails for want of kinds of
-    steps, not because the chain is longer.
-    """
-    other = other if isinstance(other, Mixture) else parse_mixture(str(other))
-    known = set().union(*[features(make_row(i, mixture, world=world)) for i in range(n)])
-    return sum(features(make_row(i, other, split="eval", world=world)) <= known for i in range(n)) / n
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -744,10 +716,10 @@ def encode_row(enc, row):
     return ids, ids.index(enc.encode_single_token("<solution>")) + 1
 
 
-def mean_tokens(mixture, seed, law, n=2000):
+def mean_tokens(mixture, seed, world, n=2000):
     """Tokens of a problem that are read in training, in the mean."""
     enc = tokenizer()
-    return np.mean([len(encode_row(enc, make_row(i, mixture, seed, law=law))[0]) - 1 for i in range(n)])
+    return np.mean([len(encode_row(enc, make_row(i, mixture, seed, world=world))[0]) - 1 for i in range(n)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -897,15 +869,6 @@ def show(row):
                       row["question"], "", *lines, "", *row["solution"].replace(". ", ".\n").splitlines(), ""])
 
 
-def at_least(low):
-    """An argparse type: an integer that is not below `low`."""
-    def integer(text):
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
-        return int(text)
-    return integer
-
-
 def write_rows(rows, n, path):
     from tqdm import tqdm
     if os.path.exists(path) and not os.path.isfile(path):
@@ -926,19 +889,17 @@ def main():
                                 description=__doc__.split("\n\n", 1)[0].strip() + "\n\n" + __doc__[__doc__.index("    python"):])
     p.add_argument("--ops", help="range of op, all contexts with equal weight: 2-10 or 5 (default 2-10)")
     p.add_argument("--mix", help='mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20:0.99,school:2:0.01"')
-    p.add_argument("--n", type=at_least(1), default=1, help="number of problems (default 1)")
-    p.add_argument("--seed", type=at_least(0), default=0, help="problem i is a pure function of (seed, i) (default 0)")
-    p.add_argument("--split", choices=["train", "eval"], default="train",
-                   help="no reasoning chain is in both splits (default train)")
-    p.add_argument("--distractors", type=float, default=World.distractors,
-                   help="mean number of sentences that the question does not need, 0 to 10 (default 2)")
-    p.add_argument("--max-parents", type=int, default=World.max_parents,
-                   help="largest number of parents of an instance and of children of a TOTAL, 2 to 4 (default 4)")
-    p.add_argument("--max-value", type=int, default=World.max_value,
-                   help=f"largest value of a quantity, {MIN_MAX_VALUE} to {MAX_VALUE} (default {MAX_VALUE})")
+    p.add_argument("--n", type=int, default=1, help="number of problems (default 1)")
+    p.add_argument("--seed", type=int, default=0, help="problem i is a pure function of (seed, i) (default 0)")
+    p.add_argument("--split", choices=["train", "eval"], default="train", help="no reasoning chain is in both (default train)")
+    p.add_argument("--distractors", type=float, default=2.0, help="mean number of unneeded sentences, 0 to 10 (default 2)")
+    p.add_argument("--max-parents", type=int, default=4, help="of an instance, and children of a TOTAL, 2 to 4 (default 4)")
+    p.add_argument("--max-value", type=int, default=MAX_VALUE, help=f"of a quantity, {MIN_MAX_VALUE} to {MAX_VALUE} (default)")
     p.add_argument("--out", help="JSONL file to write; without it, print the problems")
     args = p.parse_args()
     try:
+        if args.n < 1 or args.seed < 0:
+            raise ValueError(f"--n must be at least 1 and --seed at least 0, got {args.n} and {args.seed}")
         mixture = mixture_of(args.ops, args.mix, "2-10")
         world = World(args.distractors, args.max_parents, args.max_value)
         rows = (make_row(i, mixture, args.seed, args.split, world) for i in range(args.n))

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 import data
-from model import (Progress, at_least, check_outputs, fast_bfloat16, gather, n_ranks, one_line_errors, rank, read_trained,
-                   run_script, sample, say, set_up)
+from model import (Progress, add_world_options, at_least, check_outputs, choose_device, gather, n_ranks, one_line_errors,
+                   rank, read_trained, run_script, sample, say, set_up, take_world)
 from verify import explain, verify
 
 VERDICTS = ("outcome", "verified", "strict")
@@ -89,22 +89,21 @@ def arguments():
     p.add_argument("--k", type=integers, help="k of pass@k (default 1,8,128, on a CPU 1,4,16)")
     p.add_argument("--problems", type=at_least(1), help="problems per op (default 200, on a CPU 100)")
     p.add_argument("--temperature", type=at_least(0.0), default=0.7, help="of sampling, as in the paper (default 0.7); 0: greedy")
-    p.add_argument("--distractors", type=at_least(0.0), default=2.0, help="mean number of unneeded sentences (default 2)")
+    add_world_options(p.add_argument_group("world of the problems (default: that of the first checkpoint)"))
     p.add_argument("--seed", type=at_least(0), default=0, help="of the problems and of the sampling (default 0)")
     p.add_argument("--json", default="out/eval.json", help="where to write the numbers (default out/eval.json)")
     p.add_argument("--plot", metavar="PNG", help="draw pass@1 and pass@k over op (needs matplotlib)")
     p.add_argument("--show", type=at_least(0), default=0, metavar="N", help="print N sampled solutions, each step marked")
     p.add_argument("--rows", type=at_least(1), help="samples that run at a time (default 6144, on a CPU 512)")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
+    p.set_defaults(dtype=None, compile=False)
     args = p.parse_args()
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = args.device.startswith("cuda")
-    for name, gpu, cpu in (("n", 128, 16), ("problems", 200, 100), ("rows", 6144, 512)):
-        setattr(args, name, getattr(args, name) or (gpu if on_gpu else cpu))
-    args.k = args.k or [k for k in ((1, 8, 128) if on_gpu else (1, 4, 16)) if k <= args.n]
     with one_line_errors(p):
-        torch.empty(0, device=args.device)
-        args.dtype = "bfloat16" if fast_bfloat16(args.device) else "float32"
+        choose_device(args)
+        on_gpu = args.device.startswith("cuda")
+        for name, gpu, cpu in (("n", 128, 16), ("problems", 200, 100), ("rows", 6144, 512)):
+            setattr(args, name, getattr(args, name) or (gpu if on_gpu else cpu))
+        args.k = args.k or [k for k in ((1, 8, 128) if on_gpu else (1, 4, 16)) if k <= args.n]
         if args.k[-1] > args.n:
             raise ValueError(f"pass@{args.k[-1]} needs 1 <= k <= n, but --n is {args.n}")
         args.checkpoints = args.checkpoints or [c for c in CHAIN if os.path.exists(c)]
@@ -112,20 +111,20 @@ def arguments():
             raise ValueError("there is no checkpoint in out/: run python pretrain.py first, or name one")
         args.loaded = [(path, *read_trained(path, data.VOCABULARY)) for path in args.checkpoints]
         args.id_ops = args.loaded[0][1]["id_ops"]
+        take_world(args, args.loaded[0][1]["recipe"], data.World())
         args.problem_rows = problems_of(args)
         if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
             raise ValueError(f"--plot {args.plot} must end in .png, .pdf or .svg")
-        if not args.json:
-            raise ValueError("--json needs the name of a file")
-        check_outputs(*filter(None, [args.json, args.plot]), inputs=[*args.checkpoints, *filter(None, [args.data])])
+        check_outputs(args.json, *filter(None, [args.plot]), inputs=[*args.checkpoints, *filter(None, [args.data])])
     return args
 
 
 def problems_of(args):
     """{op: rows} of --data, or fresh ones of the eval split. Raises ValueError with a line for the user."""
     if not args.data:
-        law, ops = data.distractor_law(args.distractors), data.parse_ops(args.ops or f"2-{min(2 * args.id_ops[1], data.MAX_OP)}")
-        return {op: [data.make_row(i, data.parse_mixture(f"{args.context}:{op}"), args.seed, "eval", law)
+        world = data.World(args.distractors, args.max_parents, args.max_value)
+        ops = data.parse_ops(args.ops or f"2-{min(2 * args.id_ops[1], data.MAX_OP)}")
+        return {op: [data.make_row(i, data.parse_mixture(f"{args.context}:{op}"), args.seed, "eval", world)
                      for i in range(args.problems)] for op in ops}
     rows = [r for r in data.read_rows(args.data)
             if args.context in ("all", data.TEMPLATE_TO_CONTEXT.get(r["template"], r["template"]))]
@@ -327,7 +326,7 @@ def main():
         with Progress() as bar:
             records = evaluate(model.to(device), args.problem_rows, args, device, precision, progress)
         records = sorted(gather(records), key=lambda r: r["op"])
-        results[path] = summarize(records, args) | {name: checkpoint[name] for name in ("stage", "step", "problems")}
+        results[path] = summarize(records, args) | {name: checkpoint.get(name) for name in ("stage", "step", "problems", "run")}
         if all_records:
             results[path]["against_first"] = differences(records, all_records[0], args)
         if len(all_records) > 1:
@@ -339,7 +338,8 @@ def main():
     if rank():
         return
 
-    settings = {k: getattr(args, k) for k in "n k problems temperature distractors seed context data id_ops".split()}
+    settings = {name: getattr(args, name) for name in ("n", "k", "problems", "temperature", "distractors", "max_parents",
+                                                       "max_value", "seed", "context", "data", "id_ops")}
     json_file = os.path.realpath(args.json)
     with open(f"{json_file}.part", "w", encoding="utf-8") as f:
         json.dump({"checkpoints": results, "settings": settings}, f, indent=1)

@@ -3,12 +3,14 @@ Stage 3, reinforcement learning: GRPO (arXiv 2402.03300) from a checkpoint, with
 
     python grpo.py                                      from out/midtrain.pt, on OOD-edge (op 11-14 after 2-10) and, with
                                                         the preset tiny, 20 % from the range of pre-training
-    python grpo.py --init out/pretrain.pt --ops edge    without mid-training, on the edge that evaluate.py measured
-    python grpo.py --reward outcome                     only the answer counts; also process, mixed --alpha 0.2, strict
+    python grpo.py --init out/pretrain.pt --ops edge    without mid-training, on the ops that evaluate.py found hard but possible
+    python grpo.py --reward outcome                     the answer alone earns the reward (--help lists the others)
     python grpo.py --budget 5e6 --rl-share 0.2          20 % of a budget in training tokens; midtrain.py takes the rest
-    python grpo.py --curriculum                         follow the edge: draw the ops that have a gradient
+    python grpo.py --curriculum                         draw an op the more often, the more of its groups have a gradient
     python grpo.py --resume                             continue where it stopped
     torchrun --nproc_per_node=8 grpo.py ...             on several GPUs, or with 2 on two cores
+
+op, the difficulty of a problem, is the number of operations of its solution (data.py).
 
 A step: sample a group of G solutions o_1 ... o_G for each of P prompts q, verify them, and update the model a few times,
 each time on a part of the prompts, towards larger
@@ -17,10 +19,17 @@ each time on a part of the prompts, towards larger
 
     ratio = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)        pi_old: the model that sampled, at the sampling temperature
     A_i   = (r_i - mean(r)) / std(r)                             over the group; --advantage mean leaves out the division
-    KL    = pi_ref / pi - log(pi_ref / pi) - 1                   k3: never negative, right in the mean; pi_ref: --init
+    KL    = pi_ref / pi - log(pi_ref / pi) - 1                   k3: never negative, unbiased if pi sampled; pi_ref: of --init
     N     = tokens of all solutions of the update, end-of-text included, over all micro-batches and ranks
 
-Writes a checkpoint to --out and metrics, one JSON row a step, beside it (out/grpo.jsonl). Ctrl-C saves.
+The reward r_i, 0 to 1, is what --reward says: outcome, whether the answer is right; process, the share of right steps; mixed,
+alpha * outcome + (1 - alpha) * process; strict, whether answer and whole solution are right. --reward-noise inverts the judgement
+of the reasoning in some solutions (not that of the answer). --curriculum draws an op in proportion to the share of its groups
+that had a gradient lately.
+
+Every token of an update weighs the same, as in DAPO (arXiv 2503.14476); the GRPO paper averages over each solution first.
+Writes a checkpoint to --out and metrics, one JSON row a step, beside it (out/grpo.jsonl). Ctrl-C saves. Below: the formula, the
+parts of a step, the run, what is logged, settings.
 """
 import copy
 import math
@@ -36,32 +45,32 @@ import torch
 
 import data
 from model import (Progress, add_start_options, any_rank, at_least, become_worker, check_run_files, choose_device,
-                   compile_layers, end_if, fill_from_preset, gather, give_up, make_optimizers, mean_loss, measured_edge, n_ranks,
-                   noted_interrupts, one_line_errors, open_run, rank, read_start, run_script, sample, save_checkpoint, say,
-                   set_up, stage_parser, step_batches, sum_gradients_over_ranks, sum_over_ranks, to_device, write_metrics)
+                   compile_layers, exit_if_interrupted, fill_from_preset, gather, give_up, make_optimizers, mean_loss, n_ranks,
+                   noted_interrupts, one_line_errors, open_run, rank, read_edge, read_start, run_script, sample, save_checkpoint,
+                   say, set_up, stage_parser, step_batches, sum_gradients_over_ranks, sum_over_ranks, take_world, to_device,
+                   write_metrics)
 from verify import REWARDS, reward, verify
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the formula
 
 
-def group_advantages(rewards, kind="std"):
+def group_advantages(rewards, scale="std"):
     """Rewards (P, G) -> advantages (P, G): how much better each solution is than the mean of its group.
 
-    kind "std" divides by the group's standard deviation (GRPO, arXiv 2402.03300); "mean" does not (Dr. GRPO, arXiv 2503.20783).
+    scale "std" divides by the group's standard deviation (GRPO, arXiv 2402.03300); "mean" does not (Dr. GRPO, arXiv 2503.20783).
     Equal rewards give exactly 0.
     """
     differ = rewards.amax(dim=1, keepdim=True) > rewards.amin(dim=1, keepdim=True)  # the mean of equal numbers may be rounded
     centered = (rewards - rewards.mean(dim=1, keepdim=True)) * differ
-    return centered if kind == "mean" else centered / (rewards.std(dim=1, keepdim=True) + 1e-6)
+    return centered if scale == "mean" else centered / (rewards.std(dim=1, keepdim=True) + 1e-6)
 
 
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, n_tokens, clip_ratio=0.2, kl_coef=1e-3):
     """-J of the formula above, for the tokens of one micro-batch.
 
-    logprobs, old_logprobs, ref_logprobs, advantages: (N,), one value for each token of the solutions; a token has the
-    advantage of its solution. ref_logprobs may be None if kl_coef is 0. n_tokens: of the whole update. clip_ratio: eps. kl_coef:
-    beta.
+    logprobs, old_logprobs, ref_logprobs, advantages: (M,), one value for each of its M tokens of solutions; a token has the
+    advantage of its solution. ref_logprobs may be None if kl_coef is 0. n_tokens: N. clip_ratio: eps. kl_coef: beta.
     Returns the loss and, for the log, a dict of sums over the tokens: kl, approx_kl (k3 of pi_old against pi), clipped.
     """
     logratio = logprobs - old_logprobs
@@ -82,11 +91,10 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, n_tokens, clip_r
 # the parts of a step, in their order
 
 SEED = 2_000_000   # added to --seed, so that the problems are not those of the stages before over again
-RL_COST = 5 / 3    # of a token of RL in training tokens, the paper's price: 2 for the rollout, 2 for the reference, 6 for the
-                   # update, against 6. The same without a reference (--kl 0), which costs less
-SUMS = ("loss", "kl", "approx_kl", "clipped", "entropy", "tokens", "mismatch", "sampled")  # over the tokens of a step
-FLOOR = 0.1        # --curriculum: the least share of groups with a gradient that an op is credited with
-MEMORY = 0.9       # --curriculum: what a step leaves of what was known about an op before
+RL_COST = 5 / 3    # training tokens that a token of RL costs, as in the paper. Operations per parameter: rollout 2, reference 2,
+                   # update 6, together 10; a training token costs 6. We keep 10/6 for --kl 0, too, though it is 8/6 then
+FLOOR = 0.1        # --curriculum: lower bound of `learnable`, so that every op is still drawn sometimes
+MEMORY = 0.9       # --curriculum: decay per step of the moving average `learnable`
 
 
 class Rollout(NamedTuple):
@@ -99,8 +107,8 @@ class Rollout(NamedTuple):
 
 def draw_problems(first, count, mixture, split, args):
     """This rank's part of problems first ... first + count - 1."""
-    law = data.distractor_law(args.distractors)
-    return [data.make_row(i, mixture, SEED + args.seed, split, law) for i in range(first + rank(), first + count, n_ranks())]
+    world = data.World(args.distractors, args.max_parents, args.max_value)
+    return [data.make_row(i, mixture, SEED + args.seed, split, world) for i in range(first + rank(), first + count, n_ranks())]
 
 
 def verify_all(pairs):
@@ -108,22 +116,22 @@ def verify_all(pairs):
     return [verify(gold, response) for gold, response in pairs]
 
 
-def judge(rows, solutions, pool):
-    """Verdicts of `verify` on the sampled solutions, lists of ids, as many for each row. pool: worker processes, if any."""
+def judge(rows, solutions, run):
+    """Verdicts of `verify` on the sampled solutions, lists of ids, as many for each row. run: map, or that of a pool."""
     enc, n = data.tokenizer(), len(solutions) // max(1, len(rows))  # a rank may have no row
     pairs = [(rows[j // n]["solution"], data.decode(enc, ids)) for j, ids in enumerate(solutions)]
-    parts = getattr(pool, "map", map)(verify_all, [pairs[i:i + 64] for i in range(0, len(pairs), 64)])
+    parts = run(verify_all, [pairs[i:i + 64] for i in range(0, len(pairs), 64)])
     return [verdict for part in parts for verdict in part]
 
 
 def misjudged(verdict):
-    """The verdict of a verifier that takes the right process for wrong and the wrong for right; the answer stays."""
+    """The verdict with the judgement of the reasoning inverted; that of the answer stays."""
     return verdict | dict(process=1 - verdict["process"], verified=verdict["outcome"] and not verdict["verified"],
                           strict=verdict["outcome"] and not verdict["strict"])
 
 
 def give_rewards(verdicts, step, args):
-    """The reward of each verdict (N,). With --reward-noise some verdicts are wrong."""
+    """The rewards of the verdicts, (P G,). --reward-noise inverts some judgements of the reasoning."""
     wrong = np.random.default_rng((args.seed, step, rank())).random(len(verdicts)) < args.reward_noise
     return torch.tensor([reward(misjudged(v) if w else v, args.reward, args.alpha) for v, w in zip(verdicts, wrong)])
 
@@ -131,8 +139,8 @@ def give_rewards(verdicts, step, args):
 def update(model, reference, optimizer, rollouts, args, device, precision, sums, fresh):
     """One optimizer step on all rollouts of some prompts. Returns the norm of the gradient.
 
-    Adds to `sums`, a dict of sums over tokens. fresh: the model is still the one that sampled, so the log-probabilities of the
-    sampling engine and of `forward` should agree; the log has by how much they do not.
+    Adds to `sums`, a dict of sums over the tokens that it trains on. fresh: the model is still the one that sampled. Then the
+    log-probabilities of the sampling engine and of `forward` should agree; `mismatch` is their mean absolute difference.
     """
     n_tokens = sum_over_ranks(torch.tensor(float(sum(len(r.old_logprobs) for r in rollouts)), device=device))
     if not args.kl:  # a group whose rewards are all equal has no gradient; with KL, that of KL alone
@@ -152,62 +160,24 @@ def update(model, reference, optimizer, rollouts, args, device, precision, sums,
         with torch.no_grad():
             token_sums |= dict(loss=loss / args.updates, entropy=entropy.sum(), tokens=len(where))
             if fresh:
-                token_sums |= dict(mismatch=(logprobs - old_logprobs).abs().sum(), sampled=len(where))
+                token_sums |= dict(mismatch=(logprobs - old_logprobs).abs().sum(), fresh_tokens=len(where))
             for name, value in token_sums.items():
                 sums[name] += value
     sum_gradients_over_ranks(model)
     grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip))
-    if math.isfinite(grad_norm) and grad_norm:  # without a gradient Adam would still go on in its old direction
+    if 0 < grad_norm < math.inf:  # without a gradient Adam would still go on in its old direction
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return grad_norm
 
 
-def describe(rows, rollouts, verdicts, rewards, args):
-    """What the log needs to know of each rollout, of all ranks: a list of dicts, group by group."""
-    end_of_text = data.tokenizer().encode_single_token(data.END)
-    return gather([dict(
-        op=rows[j // args.rollouts]["op"], reward=float(rewards[j]),
-        right=reward(v, args.reward, args.alpha) > 1 - 1e-6,  # whatever the noise says
-        outcome=v["outcome"], process=v["process"], verified=v["verified"], strict=v["strict"],
-        tokens=len(r.ids), length=len(r.ids) - r.n_prompt, truncated=r.ids[-1] != end_of_text)
-        for j, (r, v) in enumerate(zip(rollouts, verdicts))])
-
-
-def count_groups(records, n):
-    """{op: counts of its groups}, of records in groups of n. Groups that are all_wrong have no solution that deserves reward 1,
-    those that are all_right only such, mixed ones both. `gradient` counts those whose rewards, with the noise, differ."""
-    counts = {}
-    for group in (records[j:j + n] for j in range(0, len(records), n)):
-        rewards, right = [r["reward"] for r in group], [r["right"] for r in group]
-        c = counts.setdefault(group[0]["op"], dict(groups=0, all_wrong=0, mixed=0, all_right=0, gradient=0, reward=0.0))
-        c["groups"] += 1
-        c["all_wrong" if not any(right) else "all_right" if all(right) else "mixed"] += 1
-        c["gradient"] += max(rewards) > min(rewards)
-        c["reward"] += sum(rewards) / n
-    return dict(sorted(counts.items()))
-
-
-def means(records, sums, grad_norms):
-    """What the log says of the rollouts and the updates of a step."""
-    def mean(name):
-        return sum(r[name] for r in records) / len(records)
-
-    sums = dict(zip(sums, sum_over_ranks(torch.stack(list(sums.values()))).tolist()))
-    n, sampled = sums["tokens"] or 1.0, sums["sampled"] or 1.0
-    return {name: mean(name) for name in ("reward", "outcome", "process", "verified", "strict", "length", "truncated")} | dict(
-        hacked=sum(r["outcome"] and not r["verified"] for r in records) / len(records), loss=sums["loss"], kl=sums["kl"] / n,
-        approx_kl=sums["approx_kl"] / n, clip_frac=sums["clipped"] / n, entropy=sums["entropy"] / n,
-        mismatch=sums["mismatch"] / sampled, grad_norm=sum(grad_norms) / len(grad_norms))
-
-
-def as_shares(groups):
-    """Counts of `count_groups` as shares of the groups of their op, for the log."""
-    return {str(op): {k: v / c["groups"] if k != "groups" else v for k, v in c.items()} for op, c in groups.items()}
-
-
-def shares(values):
-    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+def all_updates(model, reference, optimizer, rollouts, args, device, precision):
+    """The updates of a step, each on its own part of the prompts, so that every solution is used once. Returns sums and norms."""
+    sums = {name: torch.zeros((), device=device) for name in
+            ("loss", "kl", "approx_kl", "clipped", "entropy", "tokens", "mismatch", "fresh_tokens")}
+    first = [u * (len(rollouts) // args.rollouts) // args.updates * args.rollouts for u in range(args.updates + 1)]
+    return sums, [update(model, reference, optimizer, rollouts[first[u]:first[u + 1]], args, device, precision, sums, u == 0)
+                  for u in range(args.updates)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -225,22 +195,24 @@ def main():
     reference = copy.deepcopy(model).requires_grad_(False) if args.kl else None
     optimizer, = make_optimizers(model, args.lr, args.weight_decay)
     state = dict(step=0, tokens=0, seconds=0.0, held_out=None, learnable=[1.0] * len(ops))
+    # with --resume, open_run loads the state and the parts from --out
     parts = dict(model=model, optimizer=optimizer) | (dict(reference=reference) if reference else {})
     recipe = open_run(parser, args, "grpo", state, **parts)
-    first_step, seconds_before = state["step"], state["seconds"]
-    learnable = dict(zip(ops, state["learnable"]))  # --curriculum: share of an op's groups that had a gradient lately
+    first_step, began = state["step"], time.perf_counter() - state["seconds"]  # as if it had never stopped
+    learnable = dict(zip(ops, state["learnable"]))  # op -> moving average of the share of its groups with a gradient
 
     enc, buffers = data.tokenizer(), {}  # buffers: where sampling keeps its memory and CUDA graphs from step to step
     end_of_text, generator = enc.encode_single_token(data.END), torch.Generator(device)
-    gold = next(step_batches(data.TrainingSteps(  # solutions of held-out problems
-        data.parse_mixture("{}-{}".format(*id_ops)), 16, SEED + args.seed, "eval", "solution", args.distractors,
-        args.micro_tokens, packed=args.compile, rank=rank(), world=n_ranks()), 0, 1, 0, device))
+    held_out_batch = next(step_batches(data.TrainingSteps(  # to notice a broken model
+        data.parse_mixture("{}-{}".format(*id_ops)), 16, SEED + args.seed, "eval", "solution",
+        data.World(args.distractors, args.max_parents, args.max_value), args.micro_tokens, packed=args.compile,
+        rank=rank(), n_ranks=n_ranks()), 0, 1, 0, device))
     eval_rows = {name: draw_problems(0, args.eval_problems, data.parse_mixture(f"{low}-{high}"), "eval", args)
                  for name, (low, high) in data.op_groups(id_ops).items() if name != "OOD-hard" and low <= high}
 
     def write(rows, n, temperature, seed):
-        """n solutions for each problem: the prompts, and the ids and log-probabilities of the solutions. Each call has a seed of
-        its own, so there is no random state to save."""
+        """n solutions for each problem: the prompts, and the ids and log-probabilities of the solutions. The caller gives the
+        seed, so a resumed run samples the same."""
         prompts = [data.encode(enc, data.prompt_text(row)) for row in rows]
         with precision:
             return prompts, *sample(model, prompts, end_of_text, n, args.max_new, temperature, generator.manual_seed(seed),
@@ -248,7 +220,7 @@ def main():
 
     def held_out():
         """Verified pass@1 on held-out problems at evaluate.py's temperature, 4 samples each: {"ID": x, "OOD-edge": y}."""
-        return {name: float(np.mean(gather([v["verified"] for v in judge(rows, write(rows, 4, 0.7, rank())[1], pool)])))
+        return {name: float(np.mean(gather([v["verified"] for v in judge(rows, write(rows, 4, 0.7, rank())[1], run)])))
                 for name, rows in eval_rows.items()}
 
     def progress():
@@ -270,79 +242,123 @@ def main():
     if args.compile:  # for the updates; sampling has its own steps
         compile_layers(*filter(None, (model, reference)))
     pool = ProcessPoolExecutor(args.workers, get_context("spawn"), become_worker) if args.workers else nullcontext()
-    began = time.perf_counter()
+    run = pool.map if args.workers else map
 
     # pool is closed here and not by the end of the interpreter, which may tear it down twice at once (a race in CPython 3.11)
     with noted_interrupts() as interrupted, Progress(progress()) as bar, pool:
         if state["held_out"] is None:
             state["held_out"] = held_out()
-            say("held out before RL, verified:", shares(state["held_out"]))
+            say("held out before RL, verified:", as_text(state["held_out"]))
         while progress() < 1:
-            step, step_began, before = state["step"], time.perf_counter(), progress()
+            step, t_start, progress_before = state["step"], time.perf_counter(), progress()
 
             # rollouts: a group of solutions for each prompt. All randomness is seeded by (seed, step, rank)
-            now = data.reweighted(mixture, {op: max(FLOOR, x) for op, x in learnable.items()}) if args.curriculum else mixture
-            rows = draw_problems(step * args.prompts, args.prompts, now, "train", args)
+            factors = {op: max(FLOOR, share) for op, share in learnable.items()}
+            current = data.reweighted(mixture, factors) if args.curriculum else mixture
+            rows = draw_problems(step * args.prompts, args.prompts, current, "train", args)
             seed = ((SEED + args.seed) * 1_000_003 + step) * n_ranks() + rank()
             prompts, solutions, old_logprobs = write(rows, args.rollouts, args.temperature, seed)
-            sampled = time.perf_counter()
+            t_sampled = time.perf_counter()
 
             # rewards r_i and advantages A_i
-            verdicts = judge(rows, solutions, pool)
+            verdicts = judge(rows, solutions, run)
             rewards = give_rewards(verdicts, step, args)
             advantages = group_advantages(rewards.view(-1, args.rollouts), args.advantage).flatten()
             prompts = [prompt for prompt in prompts for _ in range(args.rollouts)]
             rollouts = [Rollout(p + ids, len(p), old, A) for p, ids, old, A in zip(prompts, solutions, old_logprobs, advantages)]
-            judged = time.perf_counter()
+            t_judged = time.perf_counter()
 
-            # updates, each on its own part of the prompts: every solution is used once
-            lr = (args.lr + (args.min_lr - args.lr) * before) * min(1, (step + 1) / max(1, args.warmup))
+            # updates
+            lr = (args.lr + (args.min_lr - args.lr) * progress_before) * min(1, (step + 1) / max(1, args.warmup))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            sums, grad_norms = {name: torch.zeros((), device=device) for name in SUMS}, []
-            for u in range(args.updates):
-                part = slice(*(v * len(rows) // args.updates * args.rollouts for v in (u, u + 1)))
-                grad_norms += [update(model, reference, optimizer, rollouts[part], args, device, precision, sums, fresh=u == 0)]
-            updated = time.perf_counter()
+            sums, grad_norms = all_updates(model, reference, optimizer, rollouts, args, device, precision)
+            t_updated = time.perf_counter()
 
-            # what there was to learn from, per op
+            # what there was to learn from, op by op
             records = describe(rows, rollouts, verdicts, rewards, args)
             groups = count_groups(records, args.rollouts)
-            for op, counts in groups.items():
-                learnable[op] = MEMORY * learnable[op] + (1 - MEMORY) * counts["gradient"] / counts["groups"]
+            for op, group in groups.items():
+                learnable[op] = MEMORY * learnable[op] + (1 - MEMORY) * group["gradient"]
             state["step"], state["tokens"] = step + 1, state["tokens"] + sum(r["tokens"] for r in records)
 
             # look, log, save
             done, end, stop = step + 1, progress() >= 1, any_rank(interrupted, device)
             report, save_now = done % args.eval_every == 0 or end, done % args.save_every == 0 or end or stop
-            broken = not all(map(math.isfinite, grad_norms)) or (report or save_now) and any_rank(
-                not mean_loss(model, *gold, device, precision) < 2 * math.log(model.config.vocab_size), device)
-            if broken:
+            limit = 2 * math.log(model.config.vocab_size)  # twice the loss of guessing; nan is not below it
+            held_out_loss = mean_loss(model, *held_out_batch, device, precision) if report or save_now else 0.0
+            if not all(map(math.isfinite, grad_norms)) or any_rank(not held_out_loss < limit, device):
                 give_up(args, done, "the gradient is not finite, or held-out solutions are far less likely than by guessing")
             if report:
                 state["held_out"] = held_out()
-            state["seconds"] = seconds_before + time.perf_counter() - began
+            state["seconds"] = time.perf_counter() - began
             if done % args.log_every == 0 or end:
                 row = dict(step=done, problems=done * args.prompts, lr=lr, **means(records, sums, grad_norms),
-                           groups=as_shares(groups), held_out=state["held_out"], tokens=state["tokens"],
-                           training_tokens=round(state["tokens"] * RL_COST), rollout_s=round(sampled - step_began, 3),
-                           verify_s=round(judged - sampled, 3), update_s=round(updated - judged, 3),
+                           groups=groups, held_out=state["held_out"], tokens=state["tokens"],
+                           training_tokens=round(state["tokens"] * RL_COST), rollout_s=round(t_sampled - t_start, 3),
+                           verify_s=round(t_judged - t_sampled, 3), update_s=round(t_updated - t_judged, 3),
                            seconds=round(state["seconds"], 2))
-                row["tokens_per_s"] = round(row["length"] * len(records) / (sampled - step_began))
+                row["tokens_per_s"] = round(row["length"] * len(records) / (t_sampled - t_start))
                 write_metrics(args.metrics, row)
                 bar.update(progress(), f"step {done}, reward {row['reward']:.3f}, verified {row['verified']:.3f}, held out "
-                           f"{shares(state['held_out'])}, {row['tokens_per_s']} tokens/s")
+                           f"{as_text(state['held_out'])}, {row['tokens_per_s']} tokens/s")
             if save_now:
                 save()
             # the first step may compile and start workers
             if done == first_step + (2 if args.compile or args.workers else 1) and not end:
-                took = time.perf_counter() - step_began
-                say(f"expected time: about {took * (1 - progress()) / (progress() - before) / 60:.1f} minutes")
-            end_if(stop and not end, f"saved {args.out} at step {done}; continue with --resume")
+                took = (time.perf_counter() - t_start) / (progress() - progress_before) * (1 - progress())
+                say(f"expected time: about {took / 60:.1f} minutes")
+            exit_if_interrupted(stop and not end, f"saved {args.out} at step {done}; continue with --resume")
     say(f"{args.out}: {state['step']} steps, {state['step'] * args.prompts} prompts, {state['tokens']} tokens of RL (worth "
         f"{state['tokens'] * RL_COST:.3g} training tokens), {state['seconds'] / 60:.1f} minutes; held out, verified: "
-        f"{shares(state['held_out'])}")
-    end_if(interrupted, "in the last step, so nothing is left to do")
+        f"{as_text(state['held_out'])}")
+    exit_if_interrupted(interrupted, "in the last step, so nothing is left to do")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is logged
+
+
+def describe(rows, rollouts, verdicts, rewards, args):
+    """A record for each rollout of all ranks, group by group: for the log, the curriculum and the count of tokens."""
+    end_of_text = data.tokenizer().encode_single_token(data.END)
+    return gather([dict(
+        op=rows[j // args.rollouts]["op"], reward=float(rewards[j]),
+        right=reward(v, args.reward, args.alpha) > 1 - 1e-6,  # whatever the noise says
+        outcome=v["outcome"], process=v["process"], verified=v["verified"], strict=v["strict"],
+        tokens=len(r.ids), length=len(r.ids) - r.n_prompt, truncated=r.ids[-1] != end_of_text)
+        for j, (r, v) in enumerate(zip(rollouts, verdicts))])
+
+
+def count_groups(records, n):
+    """{op: how many groups it has, and shares of them}, from records in groups of n. all_wrong: no solution deserves reward 1.
+    all_right: all do. mixed: some do. gradient: the rewards, with the noise, differ. reward: the mean."""
+    counts = {}
+    for group in (records[j:j + n] for j in range(0, len(records), n)):
+        rewards, right = [r["reward"] for r in group], [r["right"] for r in group]
+        c = counts.setdefault(group[0]["op"], dict(groups=0, all_wrong=0, mixed=0, all_right=0, gradient=0, reward=0.0))
+        c["groups"] += 1
+        c["all_wrong" if not any(right) else "all_right" if all(right) else "mixed"] += 1
+        c["gradient"] += max(rewards) > min(rewards)
+        c["reward"] += sum(rewards) / n
+    return {op: {k: v / c["groups"] if k != "groups" else v for k, v in c.items()} for op, c in sorted(counts.items())}
+
+
+def means(records, sums, grad_norms):
+    """Means over the rollouts of a step and over the tokens that its updates trained on (with --kl 0, those with a gradient)."""
+    def mean(name):
+        return sum(r[name] for r in records) / len(records)
+
+    sums = dict(zip(sums, sum_over_ranks(torch.stack(list(sums.values()))).tolist()))
+    n, n_fresh = sums["tokens"] or 1.0, sums["fresh_tokens"] or 1.0
+    return {name: mean(name) for name in ("reward", "outcome", "process", "verified", "strict", "length", "truncated")} | dict(
+        hacked=sum(r["outcome"] and not r["verified"] for r in records) / len(records), loss=sums["loss"], kl=sums["kl"] / n,
+        approx_kl=sums["approx_kl"] / n, clip_frac=sums["clipped"] / n, entropy=sums["entropy"] / n,
+        mismatch=sums["mismatch"] / n_fresh, grad_norm=sum(grad_norms) / len(grad_norms))
+
+
+def as_text(values):
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -350,7 +366,6 @@ def main():
 
 SETTINGS = dict(  # preset tiny: ten minutes on two CPU cores; 100m: arXiv 2512.07783
     id_share=(0.2, 0.0),      # tiny: without problems from the range of pre-training a small model soon forgets it
-    distractors=(2.0, 2.0),
     steps=(250, 200),
     prompts=(64, 1024),
     rollouts=(8, 6),
@@ -364,7 +379,6 @@ SETTINGS = dict(  # preset tiny: ten minutes on two CPU cores; 100m: arXiv 2512.
     rows=(512, 3072),
     micro_tokens=(2048, 32_768),
     workers=(0, 8),
-    log_every=(1, 1),
     eval_every=(25, 20),
     eval_problems=(64, 256),
     save_every=(25, 20))
@@ -372,23 +386,23 @@ PRESETS = {preset: {name: values[i] for name, values in SETTINGS.items()} for i,
 
 
 def arguments():
-    p = stage_parser(__doc__, PRESETS, out="out/grpo.pt")
+    p = stage_parser(__doc__, PRESETS, out="out/grpo.pt", log_every=1)
     add_start_options(p, init="out/midtrain.pt", rl_share=at_least(1e-6, up_to=1))
     g = p.add_argument_group("which problems")
-    g.add_argument("--eval-json", default="out/eval.json", help="where --ops edge finds it (default out/eval.json)")
-    g.add_argument("--curriculum", action="store_true", help="draw an op the more often, the more of its groups had a gradient")
+    g.add_argument("--eval-json", default="out/eval.json", help="what evaluate.py wrote, for --ops edge (default out/eval.json)")
+    g.add_argument("--curriculum", action="store_true", help="prefer ops with gradients; by default up to OOD-hard")
     g = p.add_argument_group("reward and loss")
-    g.add_argument("--reward", choices=REWARDS, default="strict", help="what verify.reward says of it (default strict)")
+    g.add_argument("--reward", choices=REWARDS, default="strict", help="see above (default strict)")
     g.add_argument("--alpha", type=at_least(0.0, up_to=1), default=0.2, help="share of outcome in --reward mixed (default 0.2)")
-    g.add_argument("--reward-noise", type=at_least(0.0, up_to=1), default=0.0, help="share of processes that are misjudged")
-    g.add_argument("--advantage", choices=["std", "mean"], default="std", help="std: divided by the group's standard deviation")
-    g.add_argument("--clip-ratio", type=at_least(1e-6), default=0.2, help="eps (default 0.2)")
-    g.add_argument("--kl", type=at_least(0.0), help="beta; 0 needs no reference (default from the preset)")
-    g.add_argument("--temperature", type=at_least(1e-6), default=1.0, help="of sampling, and so of every probability (default 1)")
+    g.add_argument("--reward-noise", type=at_least(0.0, up_to=1), default=0.0, help="share of inverted judgements")
+    g.add_argument("--advantage", choices=["std", "mean"], default="std", help="see above (default std)")
+    g.add_argument("--clip-ratio", type=at_least(1e-6), default=0.2, help="eps of the formula (default 0.2)")
+    g.add_argument("--kl", type=at_least(0.0), help="beta, weight of the KL to --init; 0 needs no reference model")
+    g.add_argument("--temperature", type=at_least(1e-6), default=1.0, help="of sampling and of the loss (default 1)")
     g = p.add_argument_group("compute (defaults from the preset)")
     g.add_argument("--prompts", type=at_least(1), help="P, prompts a step, over all ranks")
     g.add_argument("--rollouts", type=at_least(2), help="G, solutions a prompt: each is judged against the others of its group")
-    g.add_argument("--updates", type=at_least(1), help="optimizer steps a rollout batch, each on its own part of the prompts")
+    g.add_argument("--updates", type=at_least(1), help="optimizer steps per rollout batch, each on its own part of the prompts")
     g.add_argument("--warmup", type=at_least(0), help="steps over which the learning rate rises")
     g.add_argument("--max-new", type=at_least(1), help="tokens after which a solution is cut off")
     g.add_argument("--rows", type=at_least(1), help="solutions that are sampled at a time")
@@ -399,8 +413,8 @@ def arguments():
         init, model = read_start(args, PRESETS, data.VOCABULARY)
         args.vocabulary, by_default = data.VOCABULARY, PRESETS[args.preset]["id_share"]
         if args.ops == "edge":  # a resumed run keeps it, whatever was evaluated since
-            kept = init["recipe"].get("edge") if args.resume else None
-            args.ops = args.edge = kept or measured_edge(args.eval_json, args.init)
+            resumed = init.get("run") != args.init_run
+            args.ops = args.edge = init["recipe"].get("edge") if resumed else read_edge(args.eval_json, args.init, args.init_run)
         if args.curriculum and args.id_share is not None:
             raise ValueError("--curriculum decides by itself how often each op comes: it takes no --id-share")
         if args.curriculum and args.mix is None:
@@ -408,7 +422,8 @@ def arguments():
             args.mix, args.ops = args.ops or up_to_hard, None
         args.mix = data.stage_mixture(init["id_ops"], by_default, args.mix, args.ops, args.id_share).spec
         fill_from_preset(args, PRESETS[args.preset])
-        data.distractor_law(args.distractors)
+        take_world(args, init["recipe"], data.World())
+        data.World(args.distractors, args.max_parents, args.max_value)  # refuses what is not possible
         if args.prompts % n_ranks() or args.updates > args.prompts // n_ranks():
             raise ValueError("--prompts must be a multiple of the ranks, and not too few for --updates")
         check_run_files(args, inputs=[args.init])

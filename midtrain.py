@@ -1,6 +1,6 @@
 """
 Stage 2, mid-training: next-token prediction goes on from a checkpoint, on problems just past the range of its pre-training
-(80 %) and on that range (20 %), with a warm-up and a cosine of its own.
+(80 %) and on that range (20 %). The optimizer starts anew, with a warm-up and a cosine of its own.
 
     python midtrain.py                                  from out/pretrain.pt, on its OOD-edge (op 11-14 after 2-10)
     python midtrain.py --ops 11-14 --id-share 0.2       the same, said in full
@@ -18,20 +18,20 @@ from dataclasses import asdict
 import torch
 
 import data
-from model import (Progress, add_prediction_options, add_start_options, any_rank, at_least, check_run_files, choose_device,
-                   compile_layers, end_if, fill_from_preset, give_up, make_optimizers, mean_loss, n_ranks, noted_interrupts,
-                   one_line_errors, open_run, peak_flops, rank, read_start, run_script, sample, save_checkpoint, say,
-                   say_expected_time, set_up, stage_parser, step_batches, sum_gradients_over_ranks, sum_over_ranks, to_device,
-                   write_metrics)
+from model import (Progress, accumulate, add_prediction_options, amounts_and_speeds, any_rank, at_least, check_run_files,
+                   choose_device, compile_layers, exit_if_interrupted, fill_from_preset, give_up, make_optimizers, mean_loss,
+                   n_ranks, noted_interrupts, one_line_errors, open_run, rank, run_script, sample, save_checkpoint, say,
+                   say_expected_time, set_up, stage_parser, step_batches, write_metrics)
+from model import add_start_options, read_start, take_world
 
 # ----------------------------------------------------------------------------------------------------------------------
-# settings: a preset is what suits a size of model. Each can be changed on the command line
+# settings: a preset is what suits a size of model (model.CONFIGS). Each can be changed on the command line
 
+STAGE, SEED = "midtrain", 1_000_000  # added to --seed, so that the problems are not those of pre-training over again
 SETTINGS = dict(  # preset tiny: two minutes on two CPU cores; 100m: arXiv 2512.07783, up to 2.5B of its tokens
     id_share=(0.2, 0.2),
-    distractors=(4.0, 2.0),
     steps=(400, 4900),
-    batch=(64, 912),                 # 100m: 512k of the paper's tokens; these problems have 560 each
+    batch=(64, 912),                 # 100m: 512k tokens of the paper's tokenizer, in which these problems have 560 each
     optimizer=("muon", "adamw"),
     momentum=(0.8, 0.95),
     lr=(4e-3, 1e-4),
@@ -40,11 +40,9 @@ SETTINGS = dict(  # preset tiny: two minutes on two CPU cores; 100m: arXiv 2512.
     weight_decay=(0.1, 0.1),
     micro_tokens=(1536, 32_768),
     workers=(0, 4),
-    log_every=(5, 5),
     eval_every=(50, 50),
     save_every=(100, 500))
 PRESETS = {preset: {name: values[i] for name, values in SETTINGS.items()} for i, preset in enumerate(("tiny", "100m"))}
-SEED = 1_000_000  # added to --seed, so that the problems are not those of pre-training over again
 
 
 def arguments():
@@ -58,47 +56,26 @@ def arguments():
         by_default = PRESETS[args.preset]["id_share"]
         args.mix = data.stage_mixture(init["id_ops"], by_default, args.mix, args.ops, args.id_share).spec
         args.vocabulary = data.VOCABULARY
+        take_world(args, init["recipe"], data.World())
         fill_from_preset(args, PRESETS[args.preset])
-        law = data.distractor_law(args.distractors)
+        world = data.World(args.distractors, args.max_parents, args.max_value)
         check_run_files(args, inputs=[args.init])
         if args.budget is not None:
-            tokens = data.mean_tokens(data.parse_mixture(args.mix), SEED + args.seed, law)
+            tokens = data.mean_tokens(data.parse_mixture(args.mix), SEED + args.seed, world)
             args.steps = max(1, round(args.budget * (1 - args.rl_share) / (tokens * args.batch)))
     return p, args, init, model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the loss and its gradient
-
-
-def accumulate(model, micro_batches, counts, device, precision):
-    """Add up the gradient of the mean loss per target token over micro-batches and ranks.
-
-    micro_batches: [(x, y, ...)] of data.TrainingSteps. counts: targets and tokens in them. Returns the loss in nats and
-    the tokens of all ranks, both on the device: nothing here waits for it.
-    """
-    n_targets, n_tokens = sum_over_ranks(counts.to(device, non_blocking=True, copy=True))
-    total = torch.zeros((), device=device)
-    for batch in micro_batches:
-        with precision:
-            loss = model.loss(*to_device(batch, device)) / n_targets
-        loss.backward()
-        total += loss.detach()
-    sum_gradients_over_ranks(model)
-    return sum_over_ranks(total), n_tokens
+# the schedule and the run
 
 
 def learning_rate(step, args):
-    """A warm-up, then half a cosine down to min_lr."""
+    """A linear warm-up, then half a cosine down to min_lr."""
     warmup = max(1, round(args.warmup * args.steps))
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, args.steps - warmup)
-    return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the run
+    progress = max(0, step - warmup) / max(1, args.steps - warmup)
+    cosine = args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    return args.lr * (step + 1) / warmup if step < warmup else cosine
 
 
 def main():
@@ -111,27 +88,30 @@ def main():
     optimizers = make_optimizers(model, args.lr, args.weight_decay, args.momentum if args.optimizer == "muon" else None)
 
     # step s trains on problems s * batch ... (s + 1) * batch - 1 of the stream
+    world = data.World(args.distractors, args.max_parents, args.max_value)
+
     def stream(split, batch, **more):
-        return data.TrainingSteps(mixture, batch, SEED + args.seed, split, args.loss, args.distractors, args.micro_tokens,
+        return data.TrainingSteps(mixture, batch, SEED + args.seed, split, args.loss, world, args.micro_tokens,
                                   packed=args.compile, **more)
 
-    steps = stream("train", args.batch, rank=rank(), world=n_ranks())
+    steps = stream("train", args.batch, rank=rank(), n_ranks=n_ranks())
     held_out = next(step_batches(stream("eval", 256), 0, 1, 0, device))
 
+    # with --resume, open_run loads the state and the parts from --out
     state = dict(step=0, tokens=0, seconds=0.0, val_loss=None)
-    recipe = open_run(parser, args, "midtrain", state, model=model, optimizers=optimizers)
+    recipe = open_run(parser, args, STAGE, state, model=model, optimizers=optimizers)
     start, tokens, val_loss = state["step"], torch.tensor(state["tokens"], device=device), state["val_loss"]
 
     def save(step):
         if rank() == 0:
             save_checkpoint(args.out, dict(
-                stage="midtrain", config=asdict(model.config), id_ops=id_ops, recipe=recipe, run=state["run"], step=step,
-                problems=step * args.batch, tokens=int(tokens), seconds=seconds(), val_loss=val_loss, model=model.state_dict(),
-                optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state()))
+                stage=STAGE, config=asdict(model.config), id_ops=id_ops, recipe=recipe, run=state["run"], step=step,
+                problems=step * args.batch, tokens=int(tokens), seconds=time.perf_counter() - began, val_loss=val_loss,
+                model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state()))
 
-    say(f"{args.init}: {model.n_params() / 1e6:.2f}M parameters; mixture {args.mix}; "
-        f"{args.steps} steps of {args.batch} problems; {args.optimizer}, learning rate {args.lr:g}; {args.dtype} on {device}, "
-        f"{n_ranks()} ranks, {torch.get_num_threads()} threads")
+    say(f"{STAGE}, preset {args.preset}: {model.n_params() / 1e6:.2f}M parameters, {model.config.n_layers} layers of width "
+        f"{model.config.width}; mixture {args.mix}, {world}; {args.steps} steps of {args.batch} problems; {args.optimizer}, "
+        f"learning rate {args.lr:g}; {args.dtype} on {device}, {n_ranks()} ranks, {torch.get_num_threads()} threads")
     if args.compile:
         compile_layers(model)
         for size in data.pack_sizes(args.micro_tokens):  # one program for each size, before the clock starts
@@ -141,14 +121,9 @@ def main():
         say_expected_time(lambda probe: float(accumulate(model, *probe, device, precision)[0]), probes, args.steps - start)
         model.zero_grad(set_to_none=True)
 
-    began = logged = time.perf_counter()
-    logged_step, logged_tokens, waited = start, state["tokens"], 0.0
-    peak = n_ranks() * peak_flops(device)  # operations/s
-    batches = step_batches(steps, start, args.steps, args.workers, device)
-
-    def seconds():
-        return state["seconds"] + time.perf_counter() - began
-
+    batches, waited = step_batches(steps, start, args.steps, args.workers, device), 0.0
+    row_before = time.perf_counter(), start, state["tokens"]
+    began = time.perf_counter() - state["seconds"]  # as if it had never stopped
     with noted_interrupts() as interrupted, Progress(start / args.steps) as bar:
         for step in range(start, args.steps):
             then = time.perf_counter()
@@ -164,49 +139,42 @@ def main():
             model.zero_grad(set_to_none=True)
             tokens += n_tokens
 
-            # what the rest does is look, log and save
+            # the step is done: look, log, save
             done = step + 1
             last = done == args.steps
             log, report = done % args.log_every == 0 or last, done % args.eval_every == 0 or last
             stop = (n_ranks() == 1 or log) and any_rank(interrupted, device)  # asking the other ranks waits for the device
             save_now = done % args.save_every == 0 or last or stop
             held_out_now = mean_loss(model, *held_out, device, precision) if report or save_now else 0.0
-            limit = 2 * math.log(model.config.vocab_size)  # twice the loss of guessing
+            limit = 2 * math.log(model.config.vocab_size)  # twice the loss of guessing; nan is not below it
             if not held_out_now < limit or (log or save_now) and not float(loss) < limit:
                 give_up(args, done, f"the loss is {float(loss):.3g}, held out {held_out_now:.3g}: far worse than guessing")
             val_loss = held_out_now if report else val_loss
             if log:
-                took, tokens_now = time.perf_counter() - logged, int(tokens)
                 row = dict(step=done, loss=float(loss), val_loss=val_loss, lr=lr, grad_norm=float(grad_norm),
-                           problems=done * args.batch, tokens=tokens_now, seconds=round(seconds(), 2),
-                           tokens_per_s=round((tokens_now - logged_tokens) / took),
-                           problems_per_s=round((done - logged_step) * args.batch / took, 1), waiting=round(waited / took, 4))
-                if peak:
-                    per_token = model.flops_per_token(tokens_now / (done * args.batch))
-                    row["mfu"] = round(row["tokens_per_s"] * per_token / peak, 4)
+                           seconds=round(time.perf_counter() - began, 2),
+                           **amounts_and_speeds(model, args.batch, device, done, int(tokens), row_before, waited))
+                row_before, waited = (time.perf_counter(), done, row["tokens"]), 0.0
                 write_metrics(args.metrics, row)
-                logged, logged_step, logged_tokens, waited = time.perf_counter(), done, tokens_now, 0.0
                 bar.update(done / args.steps, f"step {done}, loss {row['loss']:.3f}, held out {val_loss or math.nan:.3f}, "
-                           f"{row['tokens_per_s']} tokens/s" + (f", MFU {row['mfu']:.2f}" if peak else ""))
+                           f"{row['tokens_per_s']} tokens/s" + (f", MFU {row['mfu']:.2f}" if "mfu" in row else ""))
             if save_now:
                 save(done)
-            end_if(stop and not last, f"saved {args.out} at step {done}; continue with --resume")
-    say(f"{args.out}: step {args.steps}, {args.steps * args.batch} problems, {seconds() / 60:.1f} minutes of training")
-    end_if(interrupted, "in the last step, so nothing is left to do")
-    if rank() == 0:
-        show(model, mixture, args, precision)
+            exit_if_interrupted(stop and not last, f"saved {args.out} at step {done}; continue with --resume")
+    say(f"{args.out}: step {args.steps}, {args.steps * args.batch} problems, {(time.perf_counter() - began) / 60:.1f} minutes")
+    exit_if_interrupted(interrupted, "in the last step, so nothing is left to do")
+    show(model, mixture, world, args, precision)
 
 
-def show(model, mixture, args, precision):
-    """Print what the model writes on problems it cannot have seen."""
-    enc, law = data.tokenizer(), data.distractor_law(args.distractors)
-    rows = [data.make_row(i, mixture, SEED + args.seed, "eval", law) for i in range(args.show)]
+def show(model, mixture, world, args, precision):
+    """Print what the model writes on problems that it cannot have seen."""
+    enc = data.tokenizer()
+    rows = [data.make_row(i, mixture, SEED + args.seed, "eval", world) for i in range(args.show)]
     with precision:
         texts, _ = sample(model, [data.encode(enc, data.prompt_text(row)) for row in rows], enc.encode_single_token(data.END),
                           max_new=512, temperature=0)
     for row, ids in zip(rows, texts):
-        say(f"\n--- held-out problem, op {row['op']}, {row['template']}\n{row['problem']}{row['question']}"
-            f"\n--- gold\n{data.response_text(row).strip()}\n--- sampled (temperature 0)\n{data.decode(enc, ids).strip()}")
+        say(f"\n--- held-out {data.show(row)}--- sampled (temperature 0)\n{data.decode(enc, ids).strip()}")
 
 
 if __name__ == "__main__":

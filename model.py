@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from multiprocessing import parent_process
 
 import torch
@@ -574,10 +574,8 @@ def load_checkpoint(path):
     """Read a checkpoint of ours; nothing in it is executed. Raises ValueError with a line for the user."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}: train one first, or name another") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        raise ValueError(f"{path} cannot be read ({error.strerror}): train a checkpoint first, or name another") from None
     except Exception:  # whatever a reader of pickles can stumble over in a file that is none of ours
         raise ValueError(f"{path} is not a whole checkpoint of plain tensors and numbers (cut off, or foreign)") from None
     if not isinstance(checkpoint, dict) or not {"stage", "config", "model"} <= checkpoint.keys():
@@ -589,8 +587,6 @@ def build_model(checkpoint, path="the checkpoint"):
     """The model of a checkpoint, with its weights, in eval mode. Raises ValueError with a line for the user."""
     config, state = checkpoint["config"], checkpoint["model"]
     try:
-        if set(config) != {f.name for f in fields(Config)}:
-            raise ValueError("unknown configuration")
         c = Config(**config)
         sizes = (c.n_layers, c.width, c.n_heads, c.n_kv_heads, c.mlp, c.vocab_size)
         if not (all(type(n) is int and n > 0 for n in sizes) and c.width % (2 * c.n_heads) == 0
@@ -667,37 +663,51 @@ def at_least(low, up_to=2 ** 62):
     return number
 
 
-def stage_parser(doc, presets, out):
+def stage_parser(doc, presets, out, log_every=5):
     """The argument parser of a stage, with the options that every stage has. The stage adds its own."""
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 usage="%(prog)s [options]    (--help lists them)")
     p.add_argument("--preset", choices=presets, help="settings for a size of model (default: that of --init, or by the device)")
     p.add_argument("--out", default=out, help=f"checkpoint to write (default {out}); metrics go beside it, as .jsonl")
     p.add_argument("--resume", action="store_true", help="continue from --out; the result is that of one long run")
-    p.add_argument("--seed", type=at_least(0), default=0, help="of all that is random (default 0)")
+    p.add_argument("--seed", type=at_least(0, up_to=2 ** 31), default=0, help="random seed (default 0)")
     g = p.add_argument_group("optimizer and problems (defaults from the preset)")
     g.add_argument("--steps", type=at_least(1), help="optimizer steps; in grpo.py, rollout batches")
     g.add_argument("--lr", type=at_least(0.0), help="learning rate after the warm-up")
     g.add_argument("--min-lr", type=at_least(0.0), help="learning rate at the end")
     g.add_argument("--weight-decay", type=at_least(0.0))
     g.add_argument("--clip", type=at_least(1e-6), default=1.0, dest="grad_clip", help="largest norm of the gradient (default 1)")
-    g.add_argument("--distractors", type=at_least(0.0), help="mean number of sentences that the question does not need, up to 10")
+    add_world_options(g)
     g = p.add_argument_group("running (defaults from the preset)")
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     g.add_argument("--dtype", choices=["bfloat16", "float32"], help="of matrix products (default: bfloat16 where it is fast)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: with CUDA and bfloat16)")
     g.add_argument("--micro-tokens", type=at_least(1), help="tokens in one forward pass; gradients of several add up")
     g.add_argument("--workers", type=at_least(0), help="processes that make problems; in grpo.py, that verify solutions")
-    g.add_argument("--log-every", type=at_least(1), help="steps between rows of metrics")
+    g.add_argument("--log-every", type=at_least(1), default=log_every, help=f"steps between rows of metrics (default {log_every})")
     g.add_argument("--eval-every", type=at_least(1), help="steps between evaluations on held-out problems")
     g.add_argument("--save-every", type=at_least(1), help="steps between checkpoints")
     return p
 
 
+def add_world_options(p):
+    """The settings of the generator (data.World)."""
+    p.add_argument("--distractors", type=at_least(0.0), help="mean number of sentences that the question does not need, up to 10")
+    p.add_argument("--max-parents", type=at_least(2), help="largest number of parents of a quantity, 2 to 4")
+    p.add_argument("--max-value", type=at_least(1), help="largest value of a quantity, 10 to 1000")
+
+
+def take_world(args, recipe, world):
+    """Settings of the generator that were not given become those of the recipe, or of `world` if the recipe has none."""
+    for name, default in asdict(world).items():
+        if getattr(args, name) is None:
+            setattr(args, name, recipe.get(name, default))
+
+
 def add_prediction_options(p):
     """The options of next-token prediction, in pretrain.py and midtrain.py."""
     g = p.add_argument_group("next-token prediction (defaults from the preset)")
-    g.add_argument("--loss", choices=["all", "solution"], default="all", help="tokens with a loss: all (default), or the solution's")
+    g.add_argument("--loss", choices=["all", "solution"], default="all", help="tokens with a loss (default all)")
     g.add_argument("--batch", type=at_least(1), help="problems per step, over all ranks")
     g.add_argument("--warmup", type=at_least(0.0, up_to=0.99), help="share of the steps over which the learning rate rises")
     g.add_argument("--optimizer", choices=["adamw", "muon"], help="muon: for the matrices of the layers, adamw for the rest")
@@ -725,19 +735,13 @@ def one_line_errors(parser):
         parser.error(str(error).splitlines()[0])
 
 
-def fast_bfloat16(device):
-    """Whether the device has matrix products in bfloat16 that are faster than those in float32."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
-
-
 def choose_device(args):
-    """Fills in --device, --dtype and --compile where they were not given. Raises an error if there is no such device."""
+    """Fills in device, dtype (bfloat16 where its matrix products are fast) and compile. Raises an error for a missing device."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.empty(0, device=args.device)
     cuda = args.device.startswith("cuda")
-    args.dtype = args.dtype or ("bfloat16" if fast_bfloat16(args.device) else "float32")
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
+    args.dtype = args.dtype or ("bfloat16" if fast else "float32")
     if args.compile is None:
         args.compile = cuda and args.dtype == "bfloat16"
     if args.compile and cuda and args.dtype != "bfloat16":
@@ -837,21 +841,16 @@ def make_optimizers(model, lr, weight_decay, muon_momentum=None):
 def compile_layers(*models):
     """torch.compile, one layer at a time: all layers share a program for each shape, and packing has few shapes (data.pack)."""
     torch._dynamo.config.recompile_limit = 64
-    for model in models:
-        for layer in model.layers:
-            layer.compile(dynamic=False)
+    for layer in (layer for model in models for layer in model.layers):
+        layer.compile(dynamic=False)
 
 
 def to_device(batch, device):
     """Arrays and tensors of a batch to the device; numbers stay as they are. On CUDA nothing waits for the copy."""
-    def move(a):
-        if isinstance(a, int):
-            return a
-        a = torch.as_tensor(a)
-        if torch.device(device).type == "cuda" and not a.is_pinned():
-            a = a.pin_memory()
-        return a.to(device, non_blocking=True)
-    return [move(a) for a in batch]
+    batch = [a if isinstance(a, int) else torch.as_tensor(a) for a in batch]
+    if torch.device(device).type == "cuda":
+        batch = [a if isinstance(a, int) or a.is_pinned() else a.pin_memory() for a in batch]
+    return [a if isinstance(a, int) else a.to(device, non_blocking=True) for a in batch]
 
 
 def step_batches(steps, first, last, n_workers, device):
@@ -877,11 +876,39 @@ def become_worker(*_):
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
+def accumulate(model, micro_batches, counts, device, precision):
+    """Add up the gradient of the mean loss for each target token, over the micro-batches of a step and over the ranks.
+
+    micro_batches, counts: a step of `step_batches`. Returns the loss in nats and the tokens that all ranks read. Both are on the
+    device: nothing here waits for it.
+    """
+    n_targets, n_tokens = sum_over_ranks(counts.to(device, non_blocking=True, copy=True))
+    total = torch.zeros((), device=device)
+    for batch in micro_batches:
+        with precision:
+            loss = model.loss(*to_device(batch, device)) / n_targets
+        loss.backward()
+        total += loss.detach()
+    sum_gradients_over_ranks(model)
+    return sum_over_ranks(total), n_tokens
+
+
 @torch.no_grad()
 def mean_loss(model, micro_batches, counts, device, precision):
     """The mean loss of a step of `step_batches`, in nats for each target token."""
     with precision:
         return sum(float(model.loss(*to_device(batch, device))) for batch in micro_batches) / max(1, int(counts[0]))
+
+
+def amounts_and_speeds(model, batch, device, step, tokens, row_before, waited):
+    """For the metrics: problems and tokens so far, and speeds since the row before. row_before: (time, step, tokens). waited: the
+    seconds of waiting for data since then."""
+    then, step_then, tokens_then = row_before
+    took, peak = time.perf_counter() - then, n_ranks() * peak_flops(device)
+    row = dict(problems=step * batch, tokens=tokens, tokens_per_s=round((tokens - tokens_then) / took),
+               problems_per_s=round((step - step_then) * batch / took, 1), waiting=round(waited / took, 4))
+    mfu = row["tokens_per_s"] * model.flops_per_token(tokens / row["problems"]) / peak if peak else None
+    return row | (dict(mfu=round(mfu, 4)) if peak else {})
 
 
 def say_expected_time(run, probes, n_steps):
@@ -898,16 +925,16 @@ def say_expected_time(run, probes, n_steps):
 
 # The files of a run
 
-# settings that do not affect the result, so that a resumed run may change them
-NO_MATTER = set("resume out metrics ops id_share eval_json device compile workers log_every eval_every eval_problems "
+# what --resume does not compare: it changes rounding at most, or (ops, id_share, eval_json) is resolved into `mix` already
+MAY_CHANGE = set("resume out metrics ops id_share eval_json device compile workers log_every eval_every eval_problems "
                 "save_every show".split())
 
 
 def check_outputs(*paths, inputs=()):
     """Raises ValueError or OSError if a file cannot be written: better now than after the work. Makes the folders."""
     for path in paths:
-        if path.endswith("/") or os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError(f"{path} is no name for a file")
+        if not path or path.endswith("/") or os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{path!r} is no name for a file")
         if os.path.realpath(path) in map(os.path.realpath, inputs):
             raise ValueError(f"writing {path} would overwrite an input")
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
@@ -960,13 +987,13 @@ def read_start(args, presets, vocabulary):
     return start, model
 
 
-def measured_edge(path, checkpoint):
-    """The op range that evaluate.py named as the edge of this checkpoint. Raises ValueError with a line for the user."""
+def read_edge(path, checkpoint, run):
+    """The op range that evaluate.py named as the edge of this checkpoint, of the run of that id. Raises ValueError."""
     try:
         with open(path, encoding="utf-8") as f:
-            edge = json.load(f)["checkpoints"][checkpoint]["edge"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"--ops edge needs {checkpoint} in {path}: run python evaluate.py {checkpoint}") from None
+            edge, = [c["edge"] for c in json.load(f)["checkpoints"].values() if c.get("run") == run]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"--ops edge needs {checkpoint}, as it is now, in {path}: run python evaluate.py {checkpoint}") from None
     if edge is None:
         raise ValueError(f"{path} names no edge for {checkpoint}: no op has low pass@1 and some pass@k; give --ops")
     return "{}-{}".format(*edge)
@@ -980,7 +1007,7 @@ def open_run(parser, args, stage, state, **parts):
     --resume refuses a mismatch. Without --resume, old files are kept as .old.
     """
     state["run"] = uuid.uuid4().hex  # tells a run from another to the same file
-    recipe = {k: v for k, v in vars(args).items() if k not in NO_MATTER} | {"world": n_ranks()}
+    recipe = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE} | {"world": n_ranks()}
     if args.resume and os.path.exists(args.out):
         with one_line_errors(parser):
             checkpoint = load_checkpoint(args.out)
@@ -1007,7 +1034,7 @@ def open_run(parser, args, stage, state, **parts):
     elif args.resume:
         say(f"there is no {args.out} yet: starting at step 0")
     if rank() == 0:
-        keep_metrics(args.metrics, state["step"]) if args.resume else set_aside(args.out, args.metrics)
+        truncate_metrics(args.metrics, state["step"]) if state["step"] else set_aside(args.out, args.metrics)
     return recipe
 
 
@@ -1021,16 +1048,15 @@ def set_aside(*paths):
         say(f"{path} was there: it is {path}{suffix} now (--resume would have continued it; to go back, rename it)")
 
 
-def keep_metrics(path, step):
+def truncate_metrics(path, step):
     """Leave only the rows up to `step` in a JSONL file. A killed run wrote some past its last checkpoint, perhaps a part of one,
     and the resumed run writes them again."""
-    kept = []
-    if step and os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as f:
-            for row in f.read().splitlines():
-                with suppress(ValueError, KeyError, TypeError):
-                    kept += [row + "\n"] if json.loads(row)["step"] <= step else []
-    path = os.path.realpath(path)  # a link stays one
+    path, kept = os.path.realpath(path), []  # a link stays one
+    with open(path, "a+", encoding="utf-8", errors="replace") as f:
+        f.seek(0)
+        for row in f.read().splitlines():
+            with suppress(ValueError, KeyError, TypeError):
+                kept += [row + "\n"] if json.loads(row)["step"] <= step else []
     with open(f"{path}.part", "w", encoding="utf-8") as f:
         f.writelines(kept)
     os.replace(f"{path}.part", path)
@@ -1090,13 +1116,13 @@ class Progress:
         self.bar.close()
 
 
-def give_up(args, step, losses):
+def give_up(args, step, reason):
     """End a run whose model is broken: it must not replace a good checkpoint."""
-    say(f"stopped at step {step}: {losses}; try a smaller --lr. {args.out} holds the last good checkpoint, if one was written.")
+    say(f"stopped at step {step}: {reason}; try a smaller --lr. {args.out} holds the last good checkpoint, if one was written.")
     sys.exit(1)
 
 
-def end_if(interrupted, what_now):
+def exit_if_interrupted(interrupted, what_now):
     """End a run that was interrupted, after it has saved, with status 130, so that a shell stops `a && b`, too."""
     if interrupted:
         say(f"interrupted: {what_now}")

@@ -2,12 +2,13 @@
 Stage 1, pre-training: next-token prediction from scratch on synthetic reasoning problems.
 
     python pretrain.py                                  the main job, minutes on a laptop CPU (preset tiny)
-    python pretrain.py --ops 2-10                       the paper's op range
+    python pretrain.py --ops 2-10                       the paper's range of op
     python pretrain.py --preset 100m                    the paper's model and recipe (the default with CUDA)
     python pretrain.py --resume                         continue where it stopped
     torchrun --nproc_per_node=8 pretrain.py ...         on several GPUs, or with 2 on two cores
 
-Writes a checkpoint to --out and metrics, one JSON row every few steps, beside it (out/pretrain.jsonl). Ctrl-C saves.
+op, the difficulty of a problem, is the number of operations of its solution (data.py). Writes a checkpoint to --out and metrics,
+one JSON row every few steps, beside it (out/pretrain.jsonl). Ctrl-C saves.
 """
 import math
 import time
@@ -16,21 +17,24 @@ from dataclasses import asdict
 import torch
 
 import data
-from model import (CONFIGS, Config, Progress, Transformer, add_prediction_options, any_rank, at_least, check_run_files,
-                   choose_device, compile_layers, end_if, fill_from_preset, give_up, make_optimizers, mean_loss, n_ranks,
-                   noted_interrupts, one_line_errors, open_run, peak_flops, rank, run_script, sample, save_checkpoint, say,
-                   say_expected_time, set_up, stage_parser, step_batches, sum_gradients_over_ranks, sum_over_ranks, to_device,
-                   write_metrics)
+from model import (Progress, accumulate, add_prediction_options, amounts_and_speeds, any_rank, at_least, check_run_files,
+                   choose_device, compile_layers, exit_if_interrupted, fill_from_preset, give_up, make_optimizers, mean_loss,
+                   n_ranks, noted_interrupts, one_line_errors, open_run, rank, run_script, sample, save_checkpoint, say,
+                   say_expected_time, set_up, stage_parser, step_batches, write_metrics)
+from model import CONFIGS, Config, Transformer
 
 # ----------------------------------------------------------------------------------------------------------------------
-# settings: a preset is a model (model.CONFIGS) and what suits it. Each can be changed on the command line
+# settings: a preset is what suits a size of model (model.CONFIGS). Each can be changed on the command line
 
+STAGE, SEED = "pretrain", 0
 SETTINGS = dict(  # preset tiny: ten minutes on two CPU cores; 100m: arXiv 2512.07783, 10B of its tokens, about 22M problems
-    mix=("all:2-4:0.9,all:5:0.1", "all:2-4:0.2,all:5-7:0.3,all:8-10:0.5"),  # tiny: op 2-5 evenly was worse; 100m: easy, medium, hard
+    mix=("all:2-4:0.9,all:5:0.1", "all:2-4:0.2,all:5-7:0.3,all:8-10:0.5"),  # 100m: easy, medium and hard problems
     distractors=(2.0, 2.0),
     late_distractors=(5.0, 2.0),     # in the last third of the steps. Finding a sentence among many is learnt last
+    max_parents=(4, 4),
+    max_value=(1000, 1000),
     steps=(3580, 19_000),
-    batch=(64, 1152),                # 100m: 512k of the paper's tokens
+    batch=(64, 1152),                # 100m: 512k tokens of the paper's tokenizer; ours makes fewer
     optimizer=("muon", "adamw"),
     momentum=(0.8, 0.95),
     lr=(8e-3, 1e-4),
@@ -40,7 +44,6 @@ SETTINGS = dict(  # preset tiny: ten minutes on two CPU cores; 100m: arXiv 2512.
     name_parts=(0.5, 0.0),           # see `new_model`
     micro_tokens=(1536, 32_768),
     workers=(0, 4),
-    log_every=(5, 5),
     eval_every=(100, 100),
     save_every=(200, 500))
 PRESETS = {preset: {name: values[i] for name, values in SETTINGS.items()} for i, preset in enumerate(("tiny", "100m"))}
@@ -48,12 +51,11 @@ PRESETS = {preset: {name: values[i] for name, values in SETTINGS.items()} for i,
 
 def arguments():
     p = stage_parser(__doc__, PRESETS, out="out/pretrain.pt")
-    g = p.add_argument_group("data")
-    g.add_argument("--ops", help="op range, all contexts, uniform: 2-10 or 5")
-    g.add_argument("--mix", help='mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20:0.99,school:2:0.01"')
-    g.add_argument("--late-distractors", type=at_least(0.0), help="--distractors of the last third of the steps")
+    p.add_argument("--ops", help="range of op, all contexts with equal weight: 2-10 or 5")
+    p.add_argument("--mix", help='instead of --ops a mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20:0.99,school:2:0.01"')
+    p.add_argument("--late-distractors", type=at_least(0.0), help="--distractors of the last third of the steps")
     add_prediction_options(p)
-    g = p.add_argument_group("model (defaults from the preset)", "what they are: class Config in model.py, new_model in pretrain.py")
+    g = p.add_argument_group("model (defaults from the preset)", "see Config in model.py and new_model in pretrain.py")
     for name, low in dict(n_layers=1, width=1, n_heads=1, n_kv_heads=1, mlp=1, rope_theta=1.0, init_std=0.0, look_back=0,
                           name_parts=0.0).items():
         g.add_argument("--" + name.replace("_", "-"), type=at_least(low))
@@ -62,11 +64,10 @@ def arguments():
         choose_device(args)
         args.preset = args.preset or ("100m" if args.device.startswith("cuda") else "tiny")
         args.mix = data.mixture_of(args.ops, args.mix, PRESETS[args.preset]["mix"]).spec
-        if args.late_distractors is None:
-            args.late_distractors = args.distractors
+        args.late_distractors = args.distractors if args.late_distractors is None else args.late_distractors
         args.vocab_size, args.vocabulary = data.VOCAB_SIZE, data.VOCABULARY
         fill_from_preset(args, PRESETS[args.preset] | asdict(CONFIGS[args.preset]))
-        data.distractor_law(args.distractors), data.distractor_law(args.late_distractors)
+        [data.World(mean, args.max_parents, args.max_value) for mean in (args.distractors, args.late_distractors)]  # may refuse
         if args.width % (2 * args.n_heads) or args.n_heads % args.n_kv_heads:
             raise ValueError("--width must be a multiple of 2 * --n-heads, --n-heads a multiple of --n-kv-heads")
         check_run_files(args)
@@ -78,46 +79,24 @@ def arguments():
 
 
 def new_model(args):
-    """A model with random weights."""
+    """A model with random weights. The embedding of a name, which is one token, starts near those of its kind and its place."""
     model = Transformer(Config(**{name: getattr(args, name) for name in asdict(CONFIGS[args.preset])}))
-    embeddings = model.embed_tokens.weight.data  # names are single tokens: let them show their parts (data.name_parts)
+    embeddings = model.embed_tokens.weight.data
     for name, parts in data.name_parts(data.tokenizer()).items():
         embeddings[name] += args.name_parts * embeddings[parts].sum(0)
     return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the loss and its gradient
-
-
-def accumulate(model, micro_batches, counts, device, precision):
-    """Add up the gradient of the mean loss per target token over micro-batches and ranks.
-
-    micro_batches: [(x, y, ...)] of data.TrainingSteps. counts: targets and tokens in them. Returns the loss in nats and
-    the tokens of all ranks, both on the device: nothing here waits for it.
-    """
-    n_targets, n_tokens = sum_over_ranks(counts.to(device, non_blocking=True, copy=True))
-    total = torch.zeros((), device=device)
-    for batch in micro_batches:
-        with precision:
-            loss = model.loss(*to_device(batch, device)) / n_targets
-        loss.backward()
-        total += loss.detach()
-    sum_gradients_over_ranks(model)
-    return sum_over_ranks(total), n_tokens
+# the schedule and the run
 
 
 def learning_rate(step, args):
-    """A warm-up, then half a cosine down to min_lr."""
+    """A linear warm-up, then half a cosine down to min_lr."""
     warmup = max(1, round(args.warmup * args.steps))
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, args.steps - warmup)
-    return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# the run
+    progress = max(0, step - warmup) / max(1, args.steps - warmup)
+    cosine = args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    return args.lr * (step + 1) / warmup if step < warmup else cosine
 
 
 def main():
@@ -131,44 +110,43 @@ def main():
     optimizers = make_optimizers(model, args.lr, args.weight_decay, args.momentum if args.optimizer == "muon" else None)
 
     # step s trains on problems s * batch ... (s + 1) * batch - 1 of the stream
+    world = data.World(args.distractors, args.max_parents, args.max_value)
+
     def stream(split, batch, **more):
-        return data.TrainingSteps(mixture, batch, args.seed, split, args.loss, args.distractors, args.micro_tokens,
+        return data.TrainingSteps(mixture, batch, SEED + args.seed, split, args.loss, world, args.micro_tokens,
                                   packed=args.compile, **more)
 
-    steps = stream("train", args.batch, rank=rank(), world=n_ranks(), late=(args.steps * 2 // 3, args.late_distractors))
+    steps = stream("train", args.batch, rank=rank(), n_ranks=n_ranks(), late=(args.steps * 2 // 3, args.late_distractors))
     held_out = next(step_batches(stream("eval", 256), 0, 1, 0, device))
 
+    # with --resume, open_run loads the state and the parts from --out
     state = dict(step=0, tokens=0, seconds=0.0, val_loss=None)
-    recipe = open_run(parser, args, "pretrain", state, model=model, optimizers=optimizers)
+    recipe = open_run(parser, args, STAGE, state, model=model, optimizers=optimizers)
     start, tokens, val_loss = state["step"], torch.tensor(state["tokens"], device=device), state["val_loss"]
 
     def save(step):
         if rank() == 0:
             save_checkpoint(args.out, dict(
-                stage="pretrain", config=asdict(model.config), id_ops=id_ops, recipe=recipe, run=state["run"], step=step,
-                problems=step * args.batch, tokens=int(tokens), seconds=seconds(), val_loss=val_loss, model=model.state_dict(),
-                optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state()))
+                stage=STAGE, config=asdict(model.config), id_ops=id_ops, recipe=recipe, run=state["run"], step=step,
+                problems=step * args.batch, tokens=int(tokens), seconds=time.perf_counter() - began, val_loss=val_loss,
+                model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state()))
 
-    say(f"{args.preset}: {model.n_params() / 1e6:.2f}M parameters, {args.n_layers} layers of width {args.width}; mixture "
-        f"{args.mix}; {args.steps} steps of {args.batch} problems; {args.optimizer}, learning rate {args.lr:g}; {args.dtype} on "
-        f"{device}, {n_ranks()} ranks, {torch.get_num_threads()} threads")
+    say(f"{STAGE}, preset {args.preset}: {model.n_params() / 1e6:.2f}M parameters, {model.config.n_layers} layers of width "
+        f"{model.config.width}; mixture {args.mix}, {world}; {args.steps} steps of {args.batch} problems; {args.optimizer}, "
+        f"learning rate {args.lr:g}; {args.dtype} on {device}, {n_ranks()} ranks, {torch.get_num_threads()} threads")
     if args.compile:
         compile_layers(model)
         for size in data.pack_sizes(args.micro_tokens):  # one program for each size, before the clock starts
             accumulate(model, [data.pack([], size)], torch.ones(2), device, precision)
-    if start < args.steps:  # the last third may have longer texts
-        probes = [next(step_batches(steps, s, s + 1, 0, device)) for s in (start, (start + args.steps) // 2, args.steps - 1)]
+    if start < args.steps:
+        middle, last = (start + args.steps) // 2, args.steps - 1  # texts may get longer on the way
+        probes = [next(step_batches(steps, s, s + 1, 0, device)) for s in (start, middle, last)]
         say_expected_time(lambda probe: float(accumulate(model, *probe, device, precision)[0]), probes, args.steps - start)
         model.zero_grad(set_to_none=True)
 
-    began = logged = time.perf_counter()
-    logged_step, logged_tokens, waited = start, state["tokens"], 0.0
-    peak = n_ranks() * peak_flops(device)  # operations/s
-    batches = step_batches(steps, start, args.steps, args.workers, device)
-
-    def seconds():
-        return state["seconds"] + time.perf_counter() - began
-
+    batches, waited = step_batches(steps, start, args.steps, args.workers, device), 0.0
+    row_before = time.perf_counter(), start, state["tokens"]
+    began = time.perf_counter() - state["seconds"]  # as if it had never stopped
     with noted_interrupts() as interrupted, Progress(start / args.steps) as bar:
         for step in range(start, args.steps):
             then = time.perf_counter()
@@ -184,49 +162,42 @@ def main():
             model.zero_grad(set_to_none=True)
             tokens += n_tokens
 
-            # what the rest does is look, log and save
+            # the step is done: look, log, save
             done = step + 1
             last = done == args.steps
             log, report = done % args.log_every == 0 or last, done % args.eval_every == 0 or last
             stop = (n_ranks() == 1 or log) and any_rank(interrupted, device)  # asking the other ranks waits for the device
             save_now = done % args.save_every == 0 or last or stop
             held_out_now = mean_loss(model, *held_out, device, precision) if report or save_now else 0.0
-            limit = 2 * math.log(model.config.vocab_size)  # twice the loss of guessing
+            limit = 2 * math.log(model.config.vocab_size)  # twice the loss of guessing; nan is not below it
             if not held_out_now < limit or (log or save_now) and not float(loss) < limit:
                 give_up(args, done, f"the loss is {float(loss):.3g}, held out {held_out_now:.3g}: far worse than guessing")
             val_loss = held_out_now if report else val_loss
             if log:
-                took, tokens_now = time.perf_counter() - logged, int(tokens)
                 row = dict(step=done, loss=float(loss), val_loss=val_loss, lr=lr, grad_norm=float(grad_norm),
-                           problems=done * args.batch, tokens=tokens_now, seconds=round(seconds(), 2),
-                           tokens_per_s=round((tokens_now - logged_tokens) / took),
-                           problems_per_s=round((done - logged_step) * args.batch / took, 1), waiting=round(waited / took, 4))
-                if peak:
-                    per_token = model.flops_per_token(tokens_now / (done * args.batch))
-                    row["mfu"] = round(row["tokens_per_s"] * per_token / peak, 4)
+                           seconds=round(time.perf_counter() - began, 2),
+                           **amounts_and_speeds(model, args.batch, device, done, int(tokens), row_before, waited))
+                row_before, waited = (time.perf_counter(), done, row["tokens"]), 0.0
                 write_metrics(args.metrics, row)
-                logged, logged_step, logged_tokens, waited = time.perf_counter(), done, tokens_now, 0.0
                 bar.update(done / args.steps, f"step {done}, loss {row['loss']:.3f}, held out {val_loss or math.nan:.3f}, "
-                           f"{row['tokens_per_s']} tokens/s" + (f", MFU {row['mfu']:.2f}" if peak else ""))
+                           f"{row['tokens_per_s']} tokens/s" + (f", MFU {row['mfu']:.2f}" if "mfu" in row else ""))
             if save_now:
                 save(done)
-            end_if(stop and not last, f"saved {args.out} at step {done}; continue with --resume")
-    say(f"{args.out}: step {args.steps}, {args.steps * args.batch} problems, {seconds() / 60:.1f} minutes of training")
-    end_if(interrupted, "in the last step, so nothing is left to do")
-    if rank() == 0:
-        show(model, mixture, args, precision)
+            exit_if_interrupted(stop and not last, f"saved {args.out} at step {done}; continue with --resume")
+    say(f"{args.out}: step {args.steps}, {args.steps * args.batch} problems, {(time.perf_counter() - began) / 60:.1f} minutes")
+    exit_if_interrupted(interrupted, "in the last step, so nothing is left to do")
+    show(model, mixture, world, args, precision)
 
 
-def show(model, mixture, args, precision):
-    """Print what the model writes on problems it cannot have seen."""
-    enc, law = data.tokenizer(), data.distractor_law(args.distractors)
-    rows = [data.make_row(i, mixture, args.seed, "eval", law) for i in range(args.show)]
+def show(model, mixture, world, args, precision):
+    """Print what the model writes on problems that it cannot have seen."""
+    enc = data.tokenizer()
+    rows = [data.make_row(i, mixture, SEED + args.seed, "eval", world) for i in range(args.show)]
     with precision:
         texts, _ = sample(model, [data.encode(enc, data.prompt_text(row)) for row in rows], enc.encode_single_token(data.END),
                           max_new=512, temperature=0)
     for row, ids in zip(rows, texts):
-        say(f"\n--- held-out problem, op {row['op']}, {row['template']}\n{row['problem']}{row['question']}"
-            f"\n--- gold\n{data.response_text(row).strip()}\n--- sampled (temperature 0)\n{data.decode(enc, ids).strip()}")
+        say(f"\n--- held-out {data.show(row)}--- sampled (temperature 0)\n{data.decode(enc, ids).strip()}")
 
 
 if __name__ == "__main__":

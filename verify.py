@@ -469,10 +469,8 @@ def main(argv=None):
 
 if __name__ == "__main__":
     try:
-        try:
-            main()
-        finally:
-            sys.stdout.flush()
+        main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:            # the reader has gone; give the flush at exit somewhere to go

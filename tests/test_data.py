@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+import coverage as C
 import data
 
 ROOT = Path(data.__file__).resolve().parent
@@ -492,11 +493,11 @@ def test_the_order_of_the_sentences_says_nothing():
 def test_features_of_a_row():
     """By hand: 3; 2 times that; the TOTAL of both."""
     leaf, copy, total = (False, 0), (False, 1), (True, 2)
-    assert data.features(ROW) == {(*leaf, "", False), (*copy, "*", False), (*total, "", False), 1,
+    assert C.features(ROW) == {(*leaf, "", False), (*copy, "*", False), (*total, "", False), 1,
                                   (leaf, copy), (leaf, total), (copy, total)}
     difference = "Define a in B as a; so a = 9. Define c in B as b; so b = 3 + a = 3 + 9 = 12. " \
                  "Define d in B as c; e = b - a = 12 - 9 = 3; so c = 4 + e = 4 + 3 = 7. Answer: 7."
-    assert data.features({"solution": difference}) == {
+    assert C.features({"solution": difference}) == {
         (*leaf, "", False), (*copy, "+", False), (False, 2, "+", True), 1, 2,
         (leaf, copy), (leaf, (False, 2)), (copy, (False, 2))}
 
@@ -518,8 +519,8 @@ def test_coverage_is_the_share_of_problems_without_new_features():
     world, mixture = data.World(1, 3, 50), data.parse_mixture("zoo:2-5")
     shares = [np.mean([features(row) <= known for row in rows(spec, 150, 0, "eval", 1, 3, 50)]) for spec in ("6", "zoo:7-9")]
     assert 0 < shares[1] < shares[0] < 1
-    assert data.coverage(mixture, 6, world, n=150) == shares[0]
-    assert data.coverage(mixture, data.parse_mixture("zoo:7-9"), world, n=150) == shares[1]
+    assert C.coverage(mixture, 6, world, n=150) == shares[0]
+    assert C.coverage(mixture, data.parse_mixture("zoo:7-9"), world, n=150) == shares[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def known(monkeypatch):
     """Arguments and problems for `evaluate.evaluate`, with `sample` replaced; what it was called with is kept in `calls`."""
     args = types.SimpleNamespace(n=4, k=[1, 2, 4], id_ops=[2, 10], device="cpu", seed=0, temperature=0.7, rows=8)
     # plain enough that dropping the first step loses a step that is needed
-    problems = {op: [data.make_row(i, data.parse_mixture(f"zoo:{op}"), 0, "eval", data.distractor_law(0))
+    problems = {op: [data.make_row(i, data.parse_mixture(f"zoo:{op}"), 0, "eval", data.World(0))
                      for i in range(3)] for op in PLAN}
     answers = {}
     for op, plan in PLAN.items():
@@ -214,7 +214,7 @@ def test_ranks_share_the_problems_and_draw_differently(known, monkeypatch):
 
 
 def test_distractors_are_counted(known, monkeypatch):
-    rows = [data.make_row(i, data.parse_mixture("school:3"), 0, "eval", data.distractor_law(4)) for i in range(20)]
+    rows = [data.make_row(i, data.parse_mixture("school:3"), 0, "eval", data.World(4)) for i in range(20)]
     monkeypatch.setattr(evaluate, "sample", lambda model, prompts, *args, **more: ([[STOP]] * 4 * len(prompts), None))
     records = evaluate.evaluate(None, {3: rows}, known.args, "cpu", nullcontext())
     for record, row in zip(records, rows):
@@ -266,7 +266,8 @@ def evaluated(folder, *arguments, json_file="e.json"):
 
 def test_the_file_and_the_table(trained):
     out, report = evaluated(trained, "a.pt", *SHORT, "--show", 9)
-    assert report["settings"] == {"n": 4, "k": [1, 4], "problems": 2, "temperature": 1.0, "distractors": 2.0, "seed": 0,
+    assert report["settings"] == {"n": 4, "k": [1, 4], "problems": 2, "temperature": 1.0, "distractors": 2.0,
+                                  "max_parents": 4, "max_value": 1000, "seed": 0,
                                   "context": "all", "data": None, "id_ops": [2, 4]}
     result, = report["checkpoints"].values()
     assert list(report["checkpoints"]) == ["a.pt"]

@@ -38,12 +38,12 @@ def one_thread():
 
 def problem(i, mix=MIX, split="train"):
     """Problem i of the stream of a run with --mix and --distractors 0."""
-    return data.make_row(i, data.parse_mixture(mix), G.SEED, split, data.distractor_law(0))
+    return data.make_row(i, data.parse_mixture(mix), G.SEED, split, data.World(0))
 
 
 def save_init(path, model, id_ops):
     save_checkpoint(path, dict(stage="pretrain", config=asdict(model.config), model=model.state_dict(), step=1, problems=1,
-                               recipe={"preset": "tiny"}, id_ops=id_ops))
+                               recipe={"preset": "tiny"}, id_ops=id_ops, run="first"))
     return path
 
 
@@ -688,7 +688,7 @@ def test_with_cuda_updates_are_compiled_in_bfloat16_if_the_device_has_that(tmp_p
 
 def test_the_edge_that_was_measured_and_a_resumed_run_keeps_it(tmp_path, untrained):
     def measure(edge):
-        found = {str(untrained): {"edge": edge}, "other.pt": {"edge": [2, 2]}}
+        found = {"by/another/name.pt": {"edge": edge, "run": "first"}, "other.pt": {"edge": [2, 2], "run": "second"}}
         (tmp_path / "e.json").write_text(json.dumps({"checkpoints": found}))
 
     arguments = "--ops edge --id-share 0 --eval-json e.json --steps 3 --save-every 1 --max-new 2".split()
@@ -705,8 +705,9 @@ def test_the_edge_that_was_measured_and_a_resumed_run_keeps_it(tmp_path, untrain
 @pytest.mark.parametrize("content, words", [
     (None, ["e.json", "evaluate.py"]), ("nonsense", ["e.json", "evaluate.py"]), ("[1]", ["e.json", "evaluate.py"]),
     ('{"checkpoints": {"other.pt": {"edge": [3, 4]}}}', ["init.pt", "e.json", "evaluate.py"]),
-    ('{"checkpoints": {"INIT": {"groups": {}}}}', ["init.pt", "evaluate.py"]),
-    ('{"checkpoints": {"INIT": {"edge": null}}}', ["edge", "--ops"])], ids=str)
+    ('{"checkpoints": {"INIT": {"groups": {}, "run": "first"}}}', ["init.pt", "evaluate.py"]),
+    ('{"checkpoints": {"INIT": {"edge": [3, 4], "run": "before it was trained anew"}}}', ["init.pt", "evaluate.py"]),
+    ('{"checkpoints": {"INIT": {"edge": null, "run": "first"}}}', ["edge", "--ops"])], ids=str)
 def test_an_edge_that_was_not_measured_is_refused(tmp_path, untrained, content, words):
     if content is not None:
         (tmp_path / "e.json").write_text(content.replace("INIT", str(untrained)))

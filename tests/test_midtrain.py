@@ -150,7 +150,7 @@ def test_a_run_killed_three_times_resumes_exactly_even_without_its_init(tmp_path
     checkpoint["recipe"]["init"] = str(init)
     torch.save(checkpoint, tmp_path / "a.pt")
     assert_same_run(tmp_path, whole)
-    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.jsonl.old", "a.pt"]  # .old: of the run that left no checkpoint
 
 
 def test_resuming_after_the_stage_before_was_run_again_is_refused(tmp_path, init, whole):
