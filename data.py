@@ -523,18 +523,29 @@ def mixture_of(ops, mix, default):
     return parse_mixture(default if mix is None else mix)
 
 
-def stage_mixture(id_ops, default_id_share, mix=None, ops=None, id_share=None):
-    """The mixture of a stage after pre-training on ops id_ops = [m, M]: `mix` or else, in all contexts, a share of `id_share`
-    from m-M and the rest from `ops` (default: OOD-edge). Raises ValueError with a line for the user."""
+def in_contexts(contexts, ops, weight=1.0):
+    """The text of a mixture of these ops, as in `parse_mixture`, in each of the contexts."""
+    return ",".join(f"{context}:{ops}:{weight:g}" for context in contexts)
+
+
+def contexts_of(mix):
+    """The contexts of the text of a mixture. If those are all: ["all"]."""
+    mixture = parse_mixture(mix)
+    contexts = list(dict.fromkeys(context for (context, _), weight in zip(mixture.cells, mixture.weights) if weight > 0))
+    return ["all"] if len(contexts) == len(CONTEXTS) else contexts
+
+
+def stage_mixture(init, default_id_share, mix=None, ops=None, id_share=None):
+    """The mixture of a stage that starts from the checkpoint init, pre-trained on ops m-M: `mix` or else, in the contexts of
+    init, a share of `id_share` from m-M and the rest from `ops` (default: OOD-edge). Raises ValueError for the user."""
+    id_ops, contexts = init["id_ops"], contexts_of(init["recipe"].get("mix", "2-10"))
     if mix is not None and (ops is not None or id_share is not None):
         raise ValueError("give --ops (and --id-share) or --mix, not both")
     if mix is None:
-        if ops is None and id_ops[1] >= MAX_OP:
-            raise ValueError(f"pre-training went up to op {MAX_OP}, the last: name the range with --ops or --mix")
         ops = ops or "{}-{}".format(*op_groups(id_ops)["OOD-edge"])
         parse_ops(ops)
         id_share = default_id_share if id_share is None else id_share
-        mix = "all:{}-{}:{:g},all:{}:{:g}".format(*id_ops, id_share, ops, 1 - id_share)
+        mix = in_contexts(contexts, "{}-{}".format(*id_ops), id_share) + "," + in_contexts(contexts, ops, 1 - id_share)
     return parse_mixture(mix)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import data
-from model import (Progress, add_world_options, at_least, check_outputs, choose_device, gather, n_ranks, one_line_errors,
+from model import (add_world_options, at_least, check_outputs, choose_device, gather, n_ranks, one_line_errors, progress_bar,
                    rank, read_trained, run_script, sample, say, set_up, take_world)
 from verify import explain, verify
 
@@ -68,9 +68,8 @@ def estimates(ks, values, records):
 
 def group_of(op, id_ops):
     """ID, OOD-edge or OOD-hard, from the op and the range [m, M] of pre-training; "below" for ops smaller than m."""
-    groups = data.op_groups(id_ops)
-    return "below" if op < id_ops[0] else "ID" if op <= id_ops[1] else \
-        "OOD-edge" if op <= groups["OOD-edge"][1] else "OOD-hard"
+    beyond = "below" if op < id_ops[0] else "OOD-hard"
+    return next((name for name, (low, high) in data.op_groups(id_ops).items() if low <= op <= high), beyond)
 
 
 def integers(text):
@@ -83,7 +82,7 @@ def arguments():
                                 usage="%(prog)s [CKPT ...] [options]    (--help lists them)")
     p.add_argument("checkpoints", nargs="*", metavar="CKPT", help=f"default: those of {', '.join(CHAIN)} that exist")
     p.add_argument("--ops", help="op range (default: 2 to twice the largest op of pre-training)")
-    p.add_argument("--context", choices=[*data.CONTEXTS, "all"], default="all", help="of the problems (default all)")
+    p.add_argument("--context", choices=[*data.CONTEXTS, "all"], help="of the problems (default: that of the first checkpoint)")
     p.add_argument("--data", help="take the problems from this JSONL file of rows")
     p.add_argument("--n", type=at_least(1), help="samples per problem (default 128, on a CPU 16)")
     p.add_argument("--k", type=integers, help="k of pass@k (default 1,8,128, on a CPU 1,4,16)")
@@ -112,6 +111,7 @@ def arguments():
         args.loaded = [(path, *read_trained(path, data.VOCABULARY)) for path in args.checkpoints]
         args.id_ops = args.loaded[0][1]["id_ops"]
         take_world(args, args.loaded[0][1]["recipe"], data.World())
+        args.context = args.context or ",".join(data.contexts_of(args.loaded[0][1]["recipe"].get("mix", "2-10")))
         args.problem_rows = problems_of(args)
         if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
             raise ValueError(f"--plot {args.plot} must end in .png, .pdf or .svg")
@@ -124,10 +124,10 @@ def problems_of(args):
     if not args.data:
         world = data.World(args.distractors, args.max_parents, args.max_value)
         ops = data.parse_ops(args.ops or f"2-{min(2 * args.id_ops[1], data.MAX_OP)}")
-        return {op: [data.make_row(i, data.parse_mixture(f"{args.context}:{op}"), args.seed, "eval", world)
-                     for i in range(args.problems)] for op in ops}
+        mixtures = {op: data.parse_mixture(data.in_contexts(args.context.split(","), op)) for op in ops}
+        return {op: [data.make_row(i, mixtures[op], args.seed, "eval", world) for i in range(args.problems)] for op in ops}
     rows = [r for r in data.read_rows(args.data)
-            if args.context in ("all", data.TEMPLATE_TO_CONTEXT.get(r["template"], r["template"]))]
+            if args.context == "all" or data.TEMPLATE_TO_CONTEXT.get(r["template"], r["template"]) in args.context.split(",")]
     for n, row in enumerate(rows, 1):
         try:
             verify(row["solution"], "")
@@ -321,9 +321,9 @@ def main():
 
         def progress(finished):
             done.extend(finished)
-            bar.update(len(done) * n_ranks() / (n_problems * args.n), path)
+            show_progress(len(done) * n_ranks() / (n_problems * args.n), path)
 
-        with Progress() as bar:
+        with progress_bar() as show_progress:
             records = evaluate(model.to(device), args.problem_rows, args, device, precision, progress)
         records = sorted(gather(records), key=lambda r: r["op"])
         results[path] = summarize(records, args) | {name: checkpoint.get(name) for name in ("stage", "step", "problems", "run")}

@@ -37,6 +37,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -44,11 +45,11 @@ import numpy as np
 import torch
 
 import data
-from model import (Progress, add_start_options, any_rank, at_least, become_worker, check_run_files, choose_device,
-                   compile_layers, exit_if_interrupted, fill_from_preset, gather, give_up, make_optimizers, mean_loss, n_ranks,
-                   noted_interrupts, one_line_errors, open_run, rank, read_edge, read_start, run_script, sample, save_checkpoint,
-                   say, set_up, stage_parser, step_batches, sum_gradients_over_ranks, sum_over_ranks, take_world, to_device,
-                   write_metrics)
+from model import (add_start_options, any_rank, at_least, become_worker, check_run_files, choose_device, compile_layers,
+                   exit_if_interrupted, fill_from_preset, gather, give_up, make_optimizers, mean_loss, n_ranks,
+                   noted_interrupts, one_line_errors, open_run, progress_bar, rank, read_edge, read_start, run_script, sample,
+                   save_checkpoint, say, set_up, stage_parser, step_batches, sum_gradients_over_ranks, sum_over_ranks,
+                   take_world, to_device, write_metrics)
 from verify import REWARDS, reward, verify
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -111,17 +112,11 @@ def draw_problems(first, count, mixture, split, args):
     return [data.make_row(i, mixture, SEED + args.seed, split, world) for i in range(first + rank(), first + count, n_ranks())]
 
 
-def verify_all(pairs):
-    """[(gold solution, response)] -> verdicts; what a worker does."""
-    return [verify(gold, response) for gold, response in pairs]
-
-
 def judge(rows, solutions, run):
     """Verdicts of `verify` on the sampled solutions, lists of ids, as many for each row. run: map, or that of a pool."""
     enc, n = data.tokenizer(), len(solutions) // max(1, len(rows))  # a rank may have no row
-    pairs = [(rows[j // n]["solution"], data.decode(enc, ids)) for j, ids in enumerate(solutions)]
-    parts = run(verify_all, [pairs[i:i + 64] for i in range(0, len(pairs), 64)])
-    return [verdict for part in parts for verdict in part]
+    golds = [rows[j // n]["solution"] for j in range(len(solutions))]
+    return list(run(verify, golds, [data.decode(enc, ids) for ids in solutions]))
 
 
 def misjudged(verdict):
@@ -187,7 +182,7 @@ def all_updates(model, reference, optimizer, rollouts, args, device, precision):
 def main():
     parser, args, init, model = arguments()
     device, precision = set_up(args)
-    mixture, id_ops = data.parse_mixture(args.mix), init["id_ops"]
+    mixture, contexts, id_ops = data.parse_mixture(args.mix), data.contexts_of(args.mix), init["id_ops"]
     ops = sorted({op for (_, op), weight in zip(mixture.cells, mixture.weights) if weight > 0})
     allowance = args.budget and args.budget * args.rl_share / RL_COST  # tokens of RL
 
@@ -203,12 +198,12 @@ def main():
 
     enc, buffers = data.tokenizer(), {}  # buffers: where sampling keeps its memory and CUDA graphs from step to step
     end_of_text, generator = enc.encode_single_token(data.END), torch.Generator(device)
+    mixtures = {name: data.parse_mixture(data.in_contexts(contexts, f"{low}-{high}"))
+                for name, (low, high) in data.op_groups(id_ops).items() if name != "OOD-hard" and low <= high}
+    eval_rows = {name: draw_problems(0, args.eval_problems, mixtures[name], "eval", args) for name in mixtures}
     held_out_batch = next(step_batches(data.TrainingSteps(  # to notice a broken model
-        data.parse_mixture("{}-{}".format(*id_ops)), 16, SEED + args.seed, "eval", "solution",
-        data.World(args.distractors, args.max_parents, args.max_value), args.micro_tokens, packed=args.compile,
-        rank=rank(), n_ranks=n_ranks()), 0, 1, 0, device))
-    eval_rows = {name: draw_problems(0, args.eval_problems, data.parse_mixture(f"{low}-{high}"), "eval", args)
-                 for name, (low, high) in data.op_groups(id_ops).items() if name != "OOD-hard" and low <= high}
+        mixtures["ID"], 16, SEED + args.seed, "eval", "solution", data.World(args.distractors, args.max_parents, args.max_value),
+        args.micro_tokens, rank(), n_ranks(), args.compile), 0, 1, 0, device))
 
     def write(rows, n, temperature, seed):
         """n solutions for each problem: the prompts, and the ids and log-probabilities of the solutions. The caller gives the
@@ -242,10 +237,10 @@ def main():
     if args.compile:  # for the updates; sampling has its own steps
         compile_layers(*filter(None, (model, reference)))
     pool = ProcessPoolExecutor(args.workers, get_context("spawn"), become_worker) if args.workers else nullcontext()
-    run = pool.map if args.workers else map
+    run = partial(pool.map, chunksize=64) if args.workers else map
 
     # pool is closed here and not by the end of the interpreter, which may tear it down twice at once (a race in CPython 3.11)
-    with noted_interrupts() as interrupted, Progress(progress()) as bar, pool:
+    with noted_interrupts() as interrupted, progress_bar(progress()) as show_progress, pool:
         if state["held_out"] is None:
             state["held_out"] = held_out()
             say("held out before RL, verified:", as_text(state["held_out"]))
@@ -300,7 +295,7 @@ def main():
                            seconds=round(state["seconds"], 2))
                 row["tokens_per_s"] = round(row["length"] * len(records) / (t_sampled - t_start))
                 write_metrics(args.metrics, row)
-                bar.update(progress(), f"step {done}, reward {row['reward']:.3f}, verified {row['verified']:.3f}, held out "
+                show_progress(progress(), f"step {done}, reward {row['reward']:.3f}, verified {row['verified']:.3f}, held out "
                            f"{as_text(state['held_out'])}, {row['tokens_per_s']} tokens/s")
             if save_now:
                 save()
@@ -418,9 +413,9 @@ def arguments():
         if args.curriculum and args.id_share is not None:
             raise ValueError("--curriculum decides by itself how often each op comes: it takes no --id-share")
         if args.curriculum and args.mix is None:
-            up_to_hard = "{}-{}".format(init["id_ops"][0], data.op_groups(init["id_ops"])["OOD-hard"][1])
-            args.mix, args.ops = args.ops or up_to_hard, None
-        args.mix = data.stage_mixture(init["id_ops"], by_default, args.mix, args.ops, args.id_share).spec
+            ops = args.ops or "{}-{}".format(init["id_ops"][0], data.op_groups(init["id_ops"])["OOD-hard"][1])
+            args.mix, args.ops = data.in_contexts(data.contexts_of(init["recipe"].get("mix", "2-10")), ops), None
+        args.mix = data.stage_mixture(init, by_default, args.mix, args.ops, args.id_share).spec
         fill_from_preset(args, PRESETS[args.preset])
         take_world(args, init["recipe"], data.World())
         data.World(args.distractors, args.max_parents, args.max_value)  # refuses what is not possible

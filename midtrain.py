@@ -18,9 +18,9 @@ from dataclasses import asdict
 import torch
 
 import data
-from model import (Progress, accumulate, add_prediction_options, amounts_and_speeds, any_rank, at_least, check_run_files,
-                   choose_device, compile_layers, exit_if_interrupted, fill_from_preset, give_up, make_optimizers, mean_loss,
-                   n_ranks, noted_interrupts, one_line_errors, open_run, rank, run_script, sample, save_checkpoint, say,
+from model import (accumulate, add_prediction_options, amounts_and_speeds, any_rank, at_least, check_run_files, choose_device,
+                   compile_layers, exit_if_interrupted, fill_from_preset, give_up, make_optimizers, mean_loss, n_ranks,
+                   noted_interrupts, one_line_errors, open_run, progress_bar, rank, run_script, sample, save_checkpoint, say,
                    say_expected_time, set_up, stage_parser, step_batches, write_metrics)
 from model import add_start_options, read_start, take_world
 
@@ -30,6 +30,7 @@ from model import add_start_options, read_start, take_world
 STAGE, SEED = "midtrain", 1_000_000  # added to --seed, so that the problems are not those of pre-training over again
 SETTINGS = dict(  # preset tiny: two minutes on two CPU cores; 100m: arXiv 2512.07783, up to 2.5B of its tokens
     id_share=(0.2, 0.2),
+    distractors=(4.0, None),         # None: as in pre-training
     steps=(400, 4900),
     batch=(64, 912),                 # 100m: 512k tokens of the paper's tokenizer, in which these problems have 560 each
     optimizer=("muon", "adamw"),
@@ -54,10 +55,10 @@ def arguments():
         choose_device(args)
         init, model = read_start(args, PRESETS, data.VOCABULARY)
         by_default = PRESETS[args.preset]["id_share"]
-        args.mix = data.stage_mixture(init["id_ops"], by_default, args.mix, args.ops, args.id_share).spec
+        args.mix = data.stage_mixture(init, by_default, args.mix, args.ops, args.id_share).spec
         args.vocabulary = data.VOCABULARY
-        take_world(args, init["recipe"], data.World())
         fill_from_preset(args, PRESETS[args.preset])
+        take_world(args, init["recipe"], data.World())
         world = data.World(args.distractors, args.max_parents, args.max_value)
         check_run_files(args, inputs=[args.init])
         if args.budget is not None:
@@ -124,7 +125,7 @@ def main():
     batches, waited = step_batches(steps, start, args.steps, args.workers, device), 0.0
     row_before = time.perf_counter(), start, state["tokens"]
     began = time.perf_counter() - state["seconds"]  # as if it had never stopped
-    with noted_interrupts() as interrupted, Progress(start / args.steps) as bar:
+    with noted_interrupts() as interrupted, progress_bar(start / args.steps) as show_progress:
         for step in range(start, args.steps):
             then = time.perf_counter()
             batch = next(batches)
@@ -156,7 +157,7 @@ def main():
                            **amounts_and_speeds(model, args.batch, device, done, int(tokens), row_before, waited))
                 row_before, waited = (time.perf_counter(), done, row["tokens"]), 0.0
                 write_metrics(args.metrics, row)
-                bar.update(done / args.steps, f"step {done}, loss {row['loss']:.3f}, held out {val_loss or math.nan:.3f}, "
+                show_progress(done / args.steps, f"step {done}, loss {row['loss']:.3f}, held out {val_loss or math.nan:.3f}, "
                            f"{row['tokens_per_s']} tokens/s" + (f", MFU {row['mfu']:.2f}" if "mfu" in row else ""))
             if save_now:
                 save(done)

@@ -684,7 +684,7 @@ def stage_parser(doc, presets, out, log_every=5):
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: with CUDA and bfloat16)")
     g.add_argument("--micro-tokens", type=at_least(1), help="tokens in one forward pass; gradients of several add up")
     g.add_argument("--workers", type=at_least(0), help="processes that make problems; in grpo.py, that verify solutions")
-    g.add_argument("--log-every", type=at_least(1), default=log_every, help=f"steps between rows of metrics (default {log_every})")
+    g.add_argument("--log-every", type=at_least(1), default=log_every, help=f"steps between rows of metrics ({log_every})")
     g.add_argument("--eval-every", type=at_least(1), help="steps between evaluations on held-out problems")
     g.add_argument("--save-every", type=at_least(1), help="steps between checkpoints")
     return p
@@ -783,7 +783,7 @@ def n_ranks():
 
 
 def say(*text):
-    """Print, once and not on every rank, and above a bar of `Progress`."""
+    """Print, once and not on every rank, and above a `progress_bar`."""
     if rank() == 0:
         tqdm.write(" ".join(map(str, text)))
         sys.stdout.flush()
@@ -907,8 +907,8 @@ def amounts_and_speeds(model, batch, device, step, tokens, row_before, waited):
     took, peak = time.perf_counter() - then, n_ranks() * peak_flops(device)
     row = dict(problems=step * batch, tokens=tokens, tokens_per_s=round((tokens - tokens_then) / took),
                problems_per_s=round((step - step_then) * batch / took, 1), waiting=round(waited / took, 4))
-    mfu = row["tokens_per_s"] * model.flops_per_token(tokens / row["problems"]) / peak if peak else None
-    return row | (dict(mfu=round(mfu, 4)) if peak else {})
+    per_token = model.flops_per_token(tokens / row["problems"])
+    return row | (dict(mfu=round(row["tokens_per_s"] * per_token / peak, 4)) if peak else {})
 
 
 def say_expected_time(run, probes, n_steps):
@@ -1040,10 +1040,9 @@ def open_run(parser, args, stage, state, **parts):
 
 def set_aside(*paths):
     """Rename files that a new run would overwrite to .old, or .old2, .old3, ... where there are such already."""
-    there = [path for path in paths if os.path.exists(path)]
     suffixes = (".old" + (str(n) if n > 1 else "") for n in itertools.count(1))
     suffix = next(s for s in suffixes if not any(os.path.exists(path + s) for path in paths))
-    for path in there:
+    for path in filter(os.path.exists, paths):
         os.replace(path, path + suffix)
         say(f"{path} was there: it is {path}{suffix} now (--resume would have continued it; to go back, rename it)")
 
@@ -1091,29 +1090,26 @@ def noted_interrupts():
             signal.signal(number, handler)
 
 
-class Progress:
-    """How far a run is, from 0 to 1, and the time left: a bar on a terminal, elsewhere a line every half minute."""
+@contextmanager
+def progress_bar(start=0.0):
+    """Shows how far a run is and how much time is left: a bar on a terminal, elsewhere a line every half minute.
 
-    def __init__(self, done=0.0):
-        self.began, self.start, self.said = time.perf_counter(), done, time.perf_counter()
-        self.bar = tqdm(total=1.0, initial=done, disable=None if rank() == 0 else True, smoothing=0.05,
-                        bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
+    start: the share that is done already, 0 to 1. Yields update(done, text).
+    """
+    began = said = time.perf_counter()
 
-    def update(self, done, text=""):
-        now = time.perf_counter()
-        if not self.bar.disable:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(min(done, 1.0) - self.bar.n)
-        elif rank() == 0 and now - self.said > 30:
-            left = (now - self.began) * (1 - done) / max(done - self.start, 1e-9)
+    def update(done, text):
+        nonlocal said
+        bar.set_postfix_str(text, refresh=False)
+        bar.update(min(done, 1.0) - bar.n)
+        if bar.disable and rank() == 0 and time.perf_counter() - said > 30:
+            said = time.perf_counter()
+            left = (said - began) * (1 - done) / (done - start)
             print(f"{100 * done:3.0f} %, about {left / 60:.1f} minutes left, {text}", file=sys.stderr, flush=True)
-            self.said = now
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
+    with tqdm(total=1.0, initial=start, disable=None if rank() == 0 else True, smoothing=0.05,
+              bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar:
+        yield update
 
 
 def give_up(args, step, reason):

@@ -17,9 +17,9 @@ from dataclasses import asdict
 import torch
 
 import data
-from model import (Progress, accumulate, add_prediction_options, amounts_and_speeds, any_rank, at_least, check_run_files,
-                   choose_device, compile_layers, exit_if_interrupted, fill_from_preset, give_up, make_optimizers, mean_loss,
-                   n_ranks, noted_interrupts, one_line_errors, open_run, rank, run_script, sample, save_checkpoint, say,
+from model import (accumulate, add_prediction_options, amounts_and_speeds, any_rank, at_least, check_run_files, choose_device,
+                   compile_layers, exit_if_interrupted, fill_from_preset, give_up, make_optimizers, mean_loss, n_ranks,
+                   noted_interrupts, one_line_errors, open_run, progress_bar, rank, run_script, sample, save_checkpoint, say,
                    say_expected_time, set_up, stage_parser, step_batches, write_metrics)
 from model import CONFIGS, Config, Transformer
 
@@ -147,7 +147,7 @@ def main():
     batches, waited = step_batches(steps, start, args.steps, args.workers, device), 0.0
     row_before = time.perf_counter(), start, state["tokens"]
     began = time.perf_counter() - state["seconds"]  # as if it had never stopped
-    with noted_interrupts() as interrupted, Progress(start / args.steps) as bar:
+    with noted_interrupts() as interrupted, progress_bar(start / args.steps) as show_progress:
         for step in range(start, args.steps):
             then = time.perf_counter()
             batch = next(batches)
@@ -179,7 +179,7 @@ def main():
                            **amounts_and_speeds(model, args.batch, device, done, int(tokens), row_before, waited))
                 row_before, waited = (time.perf_counter(), done, row["tokens"]), 0.0
                 write_metrics(args.metrics, row)
-                bar.update(done / args.steps, f"step {done}, loss {row['loss']:.3f}, held out {val_loss or math.nan:.3f}, "
+                show_progress(done / args.steps, f"step {done}, loss {row['loss']:.3f}, held out {val_loss or math.nan:.3f}, "
                            f"{row['tokens_per_s']} tokens/s" + (f", MFU {row['mfu']:.2f}" if "mfu" in row else ""))
             if save_now:
                 save(done)

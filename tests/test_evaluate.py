@@ -377,7 +377,7 @@ BAD = [  # arguments, words in the last line
     ("a.pt --data bytes.jsonl", "bytes.jsonl"), ("a.pt --data other.jsonl", "other.jsonl"),
     ("a.pt --data unsolved.jsonl", "unsolved.jsonl"), ("a.pt --data op.jsonl", "op.jsonl"),
     ("a.pt --data rows.jsonl --ops 7", "7"), ("a.pt --data rows.jsonl --context movie", "movie"),
-    ("a.pt --data rows.jsonl --json rows.jsonl", "overwrite"), ("a.pt --json a.pt", "overwrite"), ("a.pt --json=", "--json"), ("tokens.pt", "tokens"), ("a.pt --nope", "--nope"),
+    ("a.pt --data rows.jsonl --json rows.jsonl", "overwrite"), ("a.pt --json a.pt", "overwrite"), ("a.pt --json=", "file"), ("tokens.pt", "tokens"), ("a.pt --nope", "--nope"),
 ]
 
 

@@ -54,7 +54,7 @@ def init(tmp_path_factory):
     torch.manual_seed(0)
     model = Transformer(Config(1, 32, 2, 1, 64, rope_theta=1e4, init_std=0.2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    rows = [problem(i) for i in range(8)] + [problem(i, mix, "eval") for mix in ("2", "3") for i in (0, 1)]
+    rows = [problem(i) for i in range(8)] + [problem(i, mix, "eval") for mix in ("zoo:2", "zoo:3") for i in (0, 1)]
     x, y = map(torch.from_numpy, data.pad([data.encode_row(ENC, row) for row in rows], loss="solution"))
     loss = torch.tensor(math.inf)
     while loss > 0.07:  # after about 35 steps
@@ -491,7 +491,7 @@ def test_the_held_out_shares_are_those_computed_by_hand(traced):
     calls = [(a, tokens) for a, (tokens, _) in traced[1]["model.sample"] if a["temperature"] == 0.7]
     assert len(calls) == 4 and all(len(a["prompts"]) == 2 and a["n"] == 4 for a, _ in calls)
     shares = []
-    for (arguments, tokens), mix in zip(calls, ("2", "3") * 2):
+    for (arguments, tokens), mix in zip(calls, ("zoo:2", "zoo:3") * 2):
         rows = [problem(i, mix, "eval") for i in (0, 1)]
         assert arguments["prompts"] == [data.encode(ENC, data.prompt_text(row)) for row in rows]
         shares.append(np.mean([verify(rows[j // 4]["solution"], data.decode(ENC, ids))["verified"]

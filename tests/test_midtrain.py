@@ -2,6 +2,7 @@
 What midtrain.py promises: where it starts, which problems it takes and how many, and as test_pretrain.py has it, resuming
 and one line for bad input.
 """
+import json
 import math
 import os
 import signal
@@ -74,6 +75,28 @@ def test_it_starts_from_the_weights_of_its_init(tmp_path, init):
 def problems_of(result, split="train"):
     return {row["problem"] + row["question"] + row["solution"]: row["op"]
             for arguments, row in result.calls[0]["data.make_row"] if arguments["split"] == split}
+
+
+def test_the_world_of_its_init_goes_on(tmp_path):
+    """Contexts, distractors and both knobs, unless told otherwise; and from it to the next stage."""
+    world = "--mix zoo:2-3,school:2 --distractors 1 --late-distractors 1 --max-parents 2 --max-value 20".split()
+    assert run(tmp_path, "pretrain.py", *TINY, *world, "--steps", 1).code == 0
+    for script, more, expected in (("midtrain.py", "--batch 4 --show 0", (4.0, 2, 20)),  # the preset has more distractors
+                                   ("grpo.py", "--prompts 2 --rollouts 2 --updates 1 --max-new 2 --eval-problems 2", (4.0, 2, 20)),
+                                   ("grpo.py", "--init out/pretrain.pt --out out/b.pt --prompts 2 --rollouts 2 --updates 1 "
+                                    "--max-new 2 --eval-problems 2", (1.0, 2, 20)),
+                                   ("grpo.py", "--out out/c.pt --max-parents 3 --distractors 0 --max-value 30 --prompts 2 "
+                                    "--rollouts 2 --updates 1 --max-new 2 --eval-problems 2", (0.0, 3, 30))):
+        result = run(tmp_path, script, "--device", "cpu", "--steps", 1, *more.split(), record=["data.make_row"])
+        assert result.code == 0, result
+        drawn = [arguments for arguments, _ in result.calls[0]["data.make_row"]]
+        assert {(a["world"].distractors, a["world"].max_parents, a["world"].max_value) for a in drawn} == {expected}
+        contexts = {context for a in drawn for (context, _), weight in zip(a["mixture"].cells, a["mixture"].weights) if weight}
+        assert contexts == {"zoo", "school"} and {a["split"] for a in drawn} == {"train", "eval"}
+    result = run(tmp_path, "evaluate.py", "out/b.pt", "--device", "cpu", "--n", 1, "--problems", 20, "--ops", 4)
+    report = json.loads((tmp_path / "out/eval.json").read_text())
+    assert {*report["checkpoints"]["out/b.pt"]["contexts"]} == {"zoo", "school"}
+    assert [report["settings"][name] for name in ("distractors", "max_parents", "max_value")] == [1.0, 2, 20]
 
 
 def test_its_problems_are_not_those_of_pretraining_over_again(tmp_path, init):
