@@ -42,7 +42,6 @@ from multiprocessing import get_context
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 import data
 from model import (add_start_options, any_rank, at_least, become_worker, check_run_files, choose_device, compile_layers,
@@ -51,6 +50,7 @@ from model import (add_start_options, any_rank, at_least, become_worker, check_r
                    save_checkpoint, say, set_up, stage_parser, step_batches, sum_gradients_over_ranks, sum_over_ranks,
                    take_world, to_device, write_metrics)
 from verify import REWARDS, reward, verify
+import torch  # after model.py, which sets how its threads wait
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the formula

@@ -23,6 +23,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import parent_process
 
+# A thread that waits for others soon sleeps. By default it spins for long, and beside other processes the threads starve one
+# another. OpenMP reads this when torch is imported, so scripts import model.py before torch. A value of the user's own stays.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

@@ -14,14 +14,13 @@ import math
 import time
 from dataclasses import asdict
 
-import torch
-
 import data
 from model import (accumulate, add_prediction_options, amounts_and_speeds, any_rank, at_least, check_run_files, choose_device,
                    compile_layers, exit_if_interrupted, fill_from_preset, give_up, make_optimizers, mean_loss, n_ranks,
                    noted_interrupts, one_line_errors, open_run, progress_bar, rank, run_script, sample, save_checkpoint, say,
                    say_expected_time, set_up, stage_parser, step_batches, write_metrics)
 from model import CONFIGS, Config, Transformer
+import torch  # after model.py, which sets how its threads wait
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: a preset is what suits a size of model (model.CONFIGS). Each can be changed on the command line
