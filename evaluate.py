@@ -312,9 +312,8 @@ def main():
         say("--plot needs matplotlib (pip install matplotlib): there will be no figure")
         args.plot = None
     n_problems = sum(map(len, args.problem_rows.values()))
-    what = f"problems of {args.data}" if args.data else "held-out problems"
-    say(f"{n_problems} {what}, op {min(args.problem_rows)}-{max(args.problem_rows)}, {args.n} samples each at temperature "
-        f"{args.temperature:g}, for {len(args.loaded)} checkpoint(s) on {args.device}")
+    say(f"{n_problems} {f'problems of {args.data}' if args.data else 'held-out problems'}, op {min(args.problem_rows)}-"
+        f"{max(args.problem_rows)}, {args.n} samples each at temperature {args.temperature:g}, on {args.device}")
     results, all_records = {}, []
     for path, checkpoint, model in args.loaded:
         done = []

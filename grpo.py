@@ -191,8 +191,8 @@ def main():
     optimizer, = make_optimizers(model, args.lr, args.weight_decay)
     state = dict(step=0, tokens=0, seconds=0.0, held_out=None, learnable=[1.0] * len(ops))
     # with --resume, open_run loads the state and the parts from --out
-    parts = dict(model=model, optimizer=optimizer) | (dict(reference=reference) if reference else {})
-    recipe = open_run(parser, args, "grpo", state, **parts)
+    frozen = dict(reference=reference) if reference else {}
+    recipe = open_run(parser, args, "grpo", state, model=model, optimizer=optimizer, **frozen)
     first_step, began = state["step"], time.perf_counter() - state["seconds"]  # as if it had never stopped
     learnable = dict(zip(ops, state["learnable"]))  # op -> moving average of the share of its groups with a gradient
 
@@ -230,10 +230,10 @@ def main():
                 model=model.state_dict(), optimizer=optimizer.state_dict(), reference=reference and reference.state_dict(),
                 rng=torch.get_rng_state(), **state))
 
-    size = f"{args.steps} steps" if args.budget is None else f"{allowance:.3g} tokens of RL"
-    say(f"{args.init}: {model.n_params() / 1e6:.2f}M parameters; mixture {args.mix}{', curriculum' * args.curriculum}; {size}, a "
-        f"step {args.prompts} prompts x {args.rollouts} rollouts and {args.updates} updates; reward {args.reward}; learning rate "
-        f"{args.lr:g}; {args.dtype} on {device}, {n_ranks()} ranks, {torch.get_num_threads()} threads")
+    say(f"grpo from {args.init}, {model.n_params() / 1e6:.2f}M parameters; mixture {args.mix}{', curriculum' * args.curriculum}; "
+        f"{allowance or args.steps:.6g} {'tokens' if allowance else 'steps'}, a step {args.prompts} prompts x {args.rollouts} "
+        f"rollouts, {args.updates} updates; reward {args.reward}, learning rate {args.lr:g}; {args.dtype} on {device}, "
+        f"{n_ranks()} ranks, {torch.get_num_threads()} threads")
     if args.compile:  # for the updates; sampling has its own steps
         compile_layers(*filter(None, (model, reference)))
     pool = ProcessPoolExecutor(args.workers, get_context("spawn"), become_worker) if args.workers else nullcontext()
@@ -408,7 +408,7 @@ def arguments():
         init, model = read_start(args, PRESETS, data.VOCABULARY)
         args.vocabulary, by_default = data.VOCABULARY, PRESETS[args.preset]["id_share"]
         if args.ops == "edge":  # a resumed run keeps it, whatever was evaluated since
-            resumed = init.get("run") != args.init_run
+            resumed = init.get("run", args.init) != args.init_run
             args.ops = args.edge = init["recipe"].get("edge") if resumed else read_edge(args.eval_json, args.init, args.init_run)
         if args.curriculum and args.id_share is not None:
             raise ValueError("--curriculum decides by itself how often each op comes: it takes no --id-share")

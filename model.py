@@ -787,10 +787,11 @@ def n_ranks():
 
 
 def say(*text):
-    """Print, once and not on every rank, and above a `progress_bar`."""
-    if rank() == 0:
-        tqdm.write(" ".join(map(str, text)))
-        sys.stdout.flush()
+    """Print, once and not on every rank, and above a `progress_bar`. A run goes on when nobody listens any more."""
+    if rank() == 0 and sys.stdout:
+        with suppress(OSError):
+            tqdm.write(" ".join(map(str, text)))
+            sys.stdout.flush()
 
 
 def sum_over_ranks(tensor):
@@ -941,8 +942,8 @@ def check_outputs(*paths, inputs=()):
             raise ValueError(f"{path!r} is no name for a file")
         if os.path.realpath(path) in map(os.path.realpath, inputs):
             raise ValueError(f"writing {path} would overwrite an input")
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        probe = f"{path}.{os.getpid()}.part"
+        os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
+        probe = f"{os.path.realpath(path)}.{os.getpid()}.part"
         open(probe, "ab").close()
         os.remove(probe)
 
@@ -983,7 +984,7 @@ def read_start(args, presets, vocabulary):
     if args.preset not in presets:
         raise ValueError(f"{path} has preset {args.preset}, which is not in PRESETS here: add it, or give --preset")
     if path == args.init or os.path.exists(args.init):
-        args.init_run = (start if path == args.init else load_checkpoint(args.init)).get("run")
+        args.init_run = (start if path == args.init else load_checkpoint(args.init)).get("run", args.init)
     elif args.init == recipe.get("init"):  # it was moved away, and is not needed
         args.init_run = recipe.get("init_run")
     else:
@@ -1011,7 +1012,7 @@ def open_run(parser, args, stage, state, **parts):
     --resume refuses a mismatch. Without --resume, old files are kept as .old.
     """
     state["run"] = uuid.uuid4().hex  # tells a run from another to the same file
-    recipe = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE} | {"world": n_ranks()}
+    recipe = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE} | {"ranks": n_ranks()}
     if args.resume and os.path.exists(args.out):
         with one_line_errors(parser):
             checkpoint = load_checkpoint(args.out)
@@ -1081,7 +1082,7 @@ def noted_interrupts():
 
     def note(number, _):
         if number == signal.SIGINT and noted and time.perf_counter() - noted[0] > 1:  # a launcher may pass on the first one
-            raise KeyboardInterrupt
+            os._exit(130)
         noted.append(time.perf_counter())
         with suppress(OSError):
             os.write(2, b"\nfinishing the step, then saving; Ctrl-C again ends at once\n" if rank() == 0 else b"")
@@ -1109,7 +1110,8 @@ def progress_bar(start=0.0):
         if bar.disable and rank() == 0 and time.perf_counter() - said > 30:
             said = time.perf_counter()
             left = (said - began) * (1 - done) / (done - start)
-            print(f"{100 * done:3.0f} %, about {left / 60:.1f} minutes left, {text}", file=sys.stderr, flush=True)
+            with suppress(OSError):
+                print(f"{100 * done:3.0f} %, about {left / 60:.1f} minutes left, {text}", file=sys.stderr, flush=True)
 
     with tqdm(total=1.0, initial=start, disable=None if rank() == 0 else True, smoothing=0.05,
               bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar:

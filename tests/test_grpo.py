@@ -928,7 +928,7 @@ def test_two_ranks_are_one_step_of_the_formula_over_the_solutions_of_both(two_ra
 def test_two_ranks_resume_exactly(tmp_path, two_ranks, init):
     assert grpo(tmp_path, init, *RANKS, ranks=2, send=(signal.SIGKILL, 2)).code == -signal.SIGKILL
     assert load_checkpoint(tmp_path / "a.pt")["step"] == 1
-    assert_refused(grpo(tmp_path, init, *RANKS, "--resume"), "world")
+    assert_refused(grpo(tmp_path, init, *RANKS, "--resume"), "ranks")
     result = grpo(tmp_path, init, *RANKS, "--resume", ranks=2)
     assert result.code == 0 and "at step 1" in result.out
     assert_same_run(tmp_path, two_ranks[0])
