@@ -460,7 +460,7 @@ def test_two_steps_are_those_of_the_formula(traced, groups, init):
     for row, expected in zip(metrics(traced[0] / "a.jsonl"), numbers):
         for name in ("loss", "kl", "approx_kl", "clip_frac", "entropy", "grad_norm"):
             assert row[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-6), name
-        assert expected["clip_frac"] > 0.005 and expected["kl"] > 1e-3 and expected["grad_norm"] > SETTINGS["clip"]
+        assert expected["clip_frac"] > 0.005 and expected["kl"] > 1e-4 and expected["grad_norm"] > SETTINGS["clip"]
 
 
 def test_the_metrics_are_those_computed_by_hand(traced, groups):
