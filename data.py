@@ -652,6 +652,7 @@ END = "<|endoftext|>"
 TAGS = ["<question>", "</question>", "<solution>", "</solution>", "<answer>", "</answer>"]
 
 
+@functools.cache
 def tokenizer():
     """The `tiktoken.Encoding`. Its vocabulary is closed and built here: nothing to train, ship or download.
 

@@ -191,8 +191,7 @@ def main():
     optimizer, = make_optimizers(model, args.lr, args.weight_decay)
     state = dict(step=0, tokens=0, seconds=0.0, held_out=None, learnable=[1.0] * len(ops))
     # with --resume, open_run loads the state and the parts from --out
-    frozen = dict(reference=reference) if reference else {}
-    recipe = open_run(parser, args, "grpo", state, model=model, optimizer=optimizer, **frozen)
+    recipe = open_run(parser, args, "grpo", state, model=model, optimizer=optimizer, **{"reference": reference} if args.kl else {})
     first_step, began = state["step"], time.perf_counter() - state["seconds"]  # as if it had never stopped
     learnable = dict(zip(ops, state["learnable"]))  # op -> moving average of the share of its groups with a gradient
 
