@@ -101,10 +101,9 @@ MAX_DISTRACTORS = 12           # every graph leaves names for so many
 def distractor_law(mean):
     """Cumulative probabilities of 0..12 distractors with the given mean (`--distractors`).
 
-    The law is the same for every op, so a larger op changes the length of the chain and nothing else. It is geometric with
-    a heavy tail: up to one problem in sixteen has 8 to 12 distractors, most of them long. The tail brings training texts of
-    op 10 up to 256 tokens (the 99.9 % quantile), close to the mean text of op 20 with 289. So a test on larger ops hardly
-    meets new text lengths.
+    The law is the same for every op, so a larger op does not change how much is beside the point. It is geometric with a
+    heavy tail: up to one problem in sixteen has 8 to 12 distractors, most of them long. The tail brings training texts of
+    op 10 up to 256 tokens (the 99.9 % quantile). That covers most texts up to op 17; the mean of op 20 is 289.
     Raises ValueError for a mean outside 0..10.
     """
     if not 0 <= mean <= 10:
@@ -125,7 +124,7 @@ def distractor_law(mean):
 
 @dataclass(frozen=True)
 class World:
-    """The settings of the generator. The defaults are those of the public data. A small model needs a smaller world.
+    """The settings of the generator. The defaults allow what the public data has; smaller numbers make a smaller world.
 
     Raises ValueError with one line for the user.
     """
@@ -543,7 +542,7 @@ def stage_mixture(init, default_id_share, mix=None, ops=None, id_share=None):
         raise ValueError("give --ops (and --id-share) or --mix, not both")
     if mix is None:
         ops = ops or "{}-{}".format(*op_groups(id_ops)["OOD-edge"])
-        parse_ops(ops)
+        parse_ops(ops)  # nothing is past the largest op: then --ops or --mix must name a range
         id_share = default_id_share if id_share is None else id_share
         mix = in_contexts(contexts, "{}-{}".format(*id_ops), id_share) + "," + in_contexts(contexts, ops, 1 - id_share)
     return parse_mixture(mix)

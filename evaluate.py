@@ -1,7 +1,7 @@
 """
 Evaluation: pass@k over held-out problems, for the right answer and for the right reasoning, checkpoints side by side.
 
-    python evaluate.py                                   the checkpoints of out/ that exist
+    python evaluate.py                                   out/pretrain.pt, out/midtrain.pt, out/grpo.pt, those that exist
     python evaluate.py out/pretrain.pt --show 3          and sampled solutions, each step marked right or wrong and why
     python evaluate.py A.pt B.pt --plot out/eval.png     compare, and draw (needs matplotlib)
     python evaluate.py A.pt --data rows.jsonl            on rows of a file instead of fresh problems
@@ -193,7 +193,7 @@ def summarize(records, args):
     summary = dict(groups=by(group), ops={str(op): v for op, v in by(lambda r: r["op"]).items()},
                    contexts={c: by(group, [r for r in records if r["context"] == c])
                              for c in sorted({r["context"] for r in records})},
-                   # problem i has as many at every op, so a group's ops are the same ones in each of its columns
+                   # problem i has the same number of distractors at every op, so each bin of a group has the same mix of ops
                    distractors={g: dict(sorted(by(few_or_many, [r for r in records if group(r) == g]).items()))
                                 for g in dict.fromkeys(map(group, records))},
                    hacked=sum(r["hacked"] for r in records) / max(1, sum(r["right"]["outcome"] for r in records)),
@@ -313,7 +313,8 @@ def main():
         args.plot = None
     n_problems = sum(map(len, args.problem_rows.values()))
     say(f"{n_problems} {f'problems of {args.data}' if args.data else 'held-out problems'}, op {min(args.problem_rows)}-"
-        f"{max(args.problem_rows)}, {args.n} samples each at temperature {args.temperature:g}, on {args.device}")
+        f"{max(args.problem_rows)}, {args.n} samples each at temperature {args.temperature:g}, mean of {args.distractors:g} "
+        f"distractors, at most {args.max_parents} parents, values to {args.max_value}, on {args.device}")
     results, all_records = {}, []
     for path, checkpoint, model in args.loaded:
         done = []

@@ -3,14 +3,15 @@ Stage 3, reinforcement learning: GRPO (arXiv 2402.03300) from a checkpoint, with
 
     python grpo.py                                      from out/midtrain.pt, on OOD-edge (op 11-14 after 2-10) and, with
                                                         the preset tiny, 20 % from the range of pre-training
-    python grpo.py --init out/pretrain.pt --ops edge    without mid-training, on the ops that evaluate.py found hard but possible
+    python grpo.py --init out/pretrain.pt --ops edge    without mid-training, on the ops that are hard for it but not impossible:
+                                                        first python evaluate.py out/pretrain.pt, which measures them
     python grpo.py --reward outcome                     the answer alone earns the reward (--help lists the others)
     python grpo.py --budget 5e6 --rl-share 0.2          20 % of a budget in training tokens; midtrain.py takes the rest
-    python grpo.py --curriculum                         draw an op the more often, the more of its groups have a gradient
+    python grpo.py --curriculum                         prefer ops that have groups with a gradient
     python grpo.py --resume                             continue where it stopped
     torchrun --nproc_per_node=8 grpo.py ...             on several GPUs, or with 2 on two cores
 
-op, the difficulty of a problem, is the number of operations of its solution (data.py).
+op, the difficulty of a problem, is the number of Define steps of its solution plus that of the operators between letters.
 
 A step: sample a group of G solutions o_1 ... o_G for each of P prompts q, verify them, and update the model a few times,
 each time on a part of the prompts, towards larger
@@ -18,14 +19,14 @@ each time on a part of the prompts, towards larger
     J = 1/N sum_q sum_i sum_t  ( min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i)  -  beta KL )
 
     ratio = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)        pi_old: the model that sampled, at the sampling temperature
-    A_i   = (r_i - mean(r)) / std(r)                             over the group; --advantage mean leaves out the division
+    A_i   = (r_i - mean(r)) / (std(r) + 1e-6)                    over the group (std with G - 1); --advantage mean does not divide
     KL    = pi_ref / pi - log(pi_ref / pi) - 1                   k3: never negative, unbiased if pi sampled; pi_ref: of --init
     N     = tokens of all solutions of the update, end-of-text included, over all micro-batches and ranks
 
 The reward r_i, 0 to 1, is what --reward says: outcome, whether the answer is right; process, the share of right steps; mixed,
 alpha * outcome + (1 - alpha) * process; strict, whether answer and whole solution are right. --reward-noise inverts the judgement
-of the reasoning in some solutions (not that of the answer). --curriculum draws an op in proportion to the share of its groups
-that had a gradient lately.
+of the reasoning in some solutions (not that of the answer). --curriculum draws each op in proportion to the share of its groups
+that had a gradient lately (unequal rewards); without --ops, from all ops up to OOD-hard.
 
 Every token of an update weighs the same, as in DAPO (arXiv 2503.14476); the GRPO paper averages over each solution first.
 Writes a checkpoint to --out and metrics, one JSON row a step, beside it (out/grpo.jsonl). Ctrl-C saves. Below: the formula, the
@@ -62,7 +63,7 @@ def group_advantages(rewards, scale="std"):
     scale "std" divides by the group's standard deviation (GRPO, arXiv 2402.03300); "mean" does not (Dr. GRPO, arXiv 2503.20783).
     Equal rewards give exactly 0.
     """
-    differ = rewards.amax(dim=1, keepdim=True) > rewards.amin(dim=1, keepdim=True)  # the mean of equal numbers may be rounded
+    differ = rewards.amax(dim=1, keepdim=True) > rewards.amin(dim=1, keepdim=True)  # or the rounding of a mean is an advantage
     centered = (rewards - rewards.mean(dim=1, keepdim=True)) * differ
     return centered if scale == "mean" else centered / (rewards.std(dim=1, keepdim=True) + 1e-6)
 
@@ -94,7 +95,7 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, n_tokens, clip_r
 SEED = 2_000_000   # added to --seed, so that the problems are not those of the stages before over again
 RL_COST = 5 / 3    # training tokens that a token of RL costs, as in the paper. Operations per parameter: rollout 2, reference 2,
                    # update 6, together 10; a training token costs 6. We keep 10/6 for --kl 0, too, though it is 8/6 then
-FLOOR = 0.1        # --curriculum: lower bound of `learnable`, so that every op is still drawn sometimes
+FLOOR = 0.1        # --curriculum: the smallest factor of an op, so that every op is still drawn sometimes
 MEMORY = 0.9       # --curriculum: decay per step of the moving average `learnable`
 
 
@@ -112,11 +113,11 @@ def draw_problems(first, count, mixture, split, args):
     return [data.make_row(i, mixture, SEED + args.seed, split, world) for i in range(first + rank(), first + count, n_ranks())]
 
 
-def judge(rows, solutions, run):
-    """Verdicts of `verify` on the sampled solutions, lists of ids, as many for each row. run: map, or that of a pool."""
+def judge(rows, solutions, map_fn):
+    """Verdicts of `verify` on the sampled solutions, lists of ids, as many for each row. map_fn: map, or that of a pool."""
     enc, n = data.tokenizer(), len(solutions) // max(1, len(rows))  # a rank may have no row
     golds = [rows[j // n]["solution"] for j in range(len(solutions))]
-    return list(run(verify, golds, [data.decode(enc, ids) for ids in solutions]))
+    return list(map_fn(verify, golds, [data.decode(enc, ids) for ids in solutions]))
 
 
 def misjudged(verdict):
@@ -134,11 +135,12 @@ def give_rewards(verdicts, step, args):
 def update(model, reference, optimizer, rollouts, args, device, precision, sums, fresh):
     """One optimizer step on all rollouts of some prompts. Returns the norm of the gradient.
 
-    Adds to `sums`, a dict of sums over the tokens that it trains on. fresh: the model is still the one that sampled. Then the
-    log-probabilities of the sampling engine and of `forward` should agree; `mismatch` is their mean absolute difference.
+    Adds to `sums`: sums over the tokens that it trains on, and the mean loss of the updates. fresh: this is the first update of a
+    step, so pi equals pi_old, and the log-probabilities of the sampling engine and of `forward` should agree; `mismatch` is
+    their mean absolute difference.
     """
     n_tokens = sum_over_ranks(torch.tensor(float(sum(len(r.old_logprobs) for r in rollouts)), device=device))
-    if not args.kl:  # a group whose rewards are all equal has no gradient; with KL, that of KL alone
+    if not args.kl:  # without KL, advantage 0 is gradient 0, so skip these; they still count in N
         rollouts = [r for r in rollouts if r.advantage != 0]
     for batch, (x, y, *sequences) in data.micro_batches(rollouts, args.micro_tokens, "solution", args.compile):
         where = np.flatnonzero(y != data.IGNORE)  # the tokens of the solutions, row by row
@@ -170,8 +172,8 @@ def all_updates(model, reference, optimizer, rollouts, args, device, precision):
     """The updates of a step, each on its own part of the prompts, so that every solution is used once. Returns sums and norms."""
     sums = {name: torch.zeros((), device=device) for name in
             ("loss", "kl", "approx_kl", "clipped", "entropy", "tokens", "mismatch", "fresh_tokens")}
-    first = [u * (len(rollouts) // args.rollouts) // args.updates * args.rollouts for u in range(args.updates + 1)]
-    return sums, [update(model, reference, optimizer, rollouts[first[u]:first[u + 1]], args, device, precision, sums, u == 0)
+    bounds = [len(rollouts) // args.rollouts * u // args.updates * args.rollouts for u in range(args.updates + 1)]
+    return sums, [update(model, reference, optimizer, rollouts[bounds[u]:bounds[u + 1]], args, device, precision, sums, u == 0)
                   for u in range(args.updates)]
 
 
@@ -190,7 +192,8 @@ def main():
     reference = copy.deepcopy(model).requires_grad_(False) if args.kl else None
     optimizer, = make_optimizers(model, args.lr, args.weight_decay)
     state = dict(step=0, tokens=0, seconds=0.0, held_out=None, learnable=[1.0] * len(ops))
-    # with --resume, open_run loads the state and the parts from --out
+    # with --resume, `model` has the trained weights already; open_run loads the counters of `state`, the optimizer and the
+    # reference, which has the weights of --init
     recipe = open_run(parser, args, "grpo", state, model=model, optimizer=optimizer, **{"reference": reference} if args.kl else {})
     first_step, began = state["step"], time.perf_counter() - state["seconds"]  # as if it had never stopped
     learnable = dict(zip(ops, state["learnable"]))  # op -> moving average of the share of its groups with a gradient
@@ -204,9 +207,9 @@ def main():
         mixtures["ID"], 16, SEED + args.seed, "eval", "solution", data.World(args.distractors, args.max_parents, args.max_value),
         args.micro_tokens, rank(), n_ranks(), args.compile), 0, 1, 0, device))
 
-    def write(rows, n, temperature, seed):
-        """n solutions for each problem: the prompts, and the ids and log-probabilities of the solutions. The caller gives the
-        seed, so a resumed run samples the same."""
+    def sample_solutions(rows, n, temperature, seed):
+        """n solutions for each problem: the prompts, and the ids and log-probabilities of the solutions. The generator is seeded
+        at every call, so a resumed run samples the same."""
         prompts = [data.encode(enc, data.prompt_text(row)) for row in rows]
         with precision:
             return prompts, *sample(model, prompts, end_of_text, n, args.max_new, temperature, generator.manual_seed(seed),
@@ -214,8 +217,8 @@ def main():
 
     def held_out():
         """Verified pass@1 on held-out problems at evaluate.py's temperature, 4 samples each: {"ID": x, "OOD-edge": y}."""
-        return {name: float(np.mean(gather([v["verified"] for v in judge(rows, write(rows, 4, 0.7, rank())[1], run)])))
-                for name, rows in eval_rows.items()}
+        verdicts = {name: judge(rows, sample_solutions(rows, 4, 0.7, rank())[1], map_fn) for name, rows in eval_rows.items()}
+        return {name: float(np.mean(gather([v["verified"] for v in of_group]))) for name, of_group in verdicts.items()}
 
     def progress():
         """From 0 to 1: the share of the steps, or of the tokens of the budget, that is done."""
@@ -236,7 +239,7 @@ def main():
     if args.compile:  # for the updates; sampling has its own steps
         compile_layers(*filter(None, (model, reference)))
     pool = ProcessPoolExecutor(args.workers, get_context("spawn"), become_worker) if args.workers else nullcontext()
-    run = partial(pool.map, chunksize=64) if args.workers else map
+    map_fn = partial(pool.map, chunksize=64) if args.workers else map
 
     # pool is closed here and not by the end of the interpreter, which may tear it down twice at once (a race in CPython 3.11)
     with noted_interrupts() as interrupted, progress_bar(progress()) as show_progress, pool:
@@ -251,11 +254,11 @@ def main():
             current = data.reweighted(mixture, factors) if args.curriculum else mixture
             rows = draw_problems(step * args.prompts, args.prompts, current, "train", args)
             seed = ((SEED + args.seed) * 1_000_003 + step) * n_ranks() + rank()
-            prompts, solutions, old_logprobs = write(rows, args.rollouts, args.temperature, seed)
+            prompts, solutions, old_logprobs = sample_solutions(rows, args.rollouts, args.temperature, seed)
             t_sampled = time.perf_counter()
 
             # rewards r_i and advantages A_i
-            verdicts = judge(rows, solutions, run)
+            verdicts = judge(rows, solutions, map_fn)
             rewards = give_rewards(verdicts, step, args)
             advantages = group_advantages(rewards.view(-1, args.rollouts), args.advantage).flatten()
             prompts = [prompt for prompt in prompts for _ in range(args.rollouts)]
@@ -358,14 +361,15 @@ def as_text(values):
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: a preset is what suits a size of model. Each can be changed on the command line
 
-SETTINGS = dict(  # preset tiny: ten minutes on two CPU cores; 100m: arXiv 2512.07783
+SETTINGS = dict(  # name=(tiny, 100m). tiny: ten minutes on two CPU cores; 100m: arXiv 2512.07783
     id_share=(0.2, 0.0),      # tiny: without problems from the range of pre-training a small model soon forgets it
+    distractors=(2.0, None),  # None: as --init had
     steps=(250, 200),
     prompts=(64, 1024),
     rollouts=(8, 6),
     updates=(2, 4),
     lr=(3e-4, 1e-6),
-    min_lr=(0.0, 1e-6),       # tiny: with 2e-4 all through the edge won .03, not .08 (seed 0)
+    min_lr=(0.0, 1e-6),       # tiny: a constant 2e-4 raised OOD-edge by .03 instead of .08 (seed 0)
     warmup=(5, 0),
     weight_decay=(0.0, 0.1),
     kl=(0.0, 1e-3),           # without KL no reference is needed, and groups without a gradient cost nothing
@@ -384,7 +388,7 @@ def arguments():
     add_start_options(p, init="out/midtrain.pt", rl_share=at_least(1e-6, up_to=1))
     g = p.add_argument_group("which problems")
     g.add_argument("--eval-json", default="out/eval.json", help="what evaluate.py wrote, for --ops edge (default out/eval.json)")
-    g.add_argument("--curriculum", action="store_true", help="prefer ops with gradients; by default up to OOD-hard")
+    g.add_argument("--curriculum", action="store_true", help="prefer ops with gradients, see above")
     g = p.add_argument_group("reward and loss")
     g.add_argument("--reward", choices=REWARDS, default="strict", help="see above (default strict)")
     g.add_argument("--alpha", type=at_least(0.0, up_to=1), default=0.2, help="share of outcome in --reward mixed (default 0.2)")
@@ -405,7 +409,7 @@ def arguments():
     with one_line_errors(p):
         choose_device(args)
         init, model = read_start(args, PRESETS, data.VOCABULARY)
-        args.vocabulary, by_default = data.VOCABULARY, PRESETS[args.preset]["id_share"]
+        args.vocabulary = data.VOCABULARY
         if args.ops == "edge":  # a resumed run keeps it, whatever was evaluated since
             resumed = init.get("run", args.init) != args.init_run
             args.ops = args.edge = init["recipe"].get("edge") if resumed else read_edge(args.eval_json, args.init, args.init_run)
@@ -414,12 +418,12 @@ def arguments():
         if args.curriculum and args.mix is None:
             ops = args.ops or "{}-{}".format(init["id_ops"][0], data.op_groups(init["id_ops"])["OOD-hard"][1])
             args.mix, args.ops = data.in_contexts(data.contexts_of(init["recipe"].get("mix", "2-10")), ops), None
-        args.mix = data.stage_mixture(init, by_default, args.mix, args.ops, args.id_share).spec
+        args.mix = data.stage_mixture(init, PRESETS[args.preset]["id_share"], args.mix, args.ops, args.id_share).spec
         fill_from_preset(args, PRESETS[args.preset])
         take_world(args, init["recipe"], data.World())
         data.World(args.distractors, args.max_parents, args.max_value)  # refuses what is not possible
         if args.prompts % n_ranks() or args.updates > args.prompts // n_ranks():
-            raise ValueError("--prompts must be a multiple of the ranks, and not too few for --updates")
+            raise ValueError("--prompts must be a multiple of the number of ranks, and each rank needs one for each of --updates")
         check_run_files(args, inputs=[args.init])
     return p, args, init, model
 

@@ -3,7 +3,7 @@ Stage 2, mid-training: next-token prediction goes on from a checkpoint, on probl
 (80 %) and on that range (20 %). The optimizer starts anew, with a warm-up and a cosine of its own.
 
     python midtrain.py                                  from out/pretrain.pt, on its OOD-edge (op 11-14 after 2-10)
-    python midtrain.py --ops 11-14 --id-share 0.2       the same, said in full
+    python midtrain.py --ops 11-14 --id-share 0.2       the same, said in full, after pre-training on op 2-10
     python midtrain.py --budget 5e6 --rl-share 0.2      80 % of a budget in training tokens; grpo.py takes the rest
     python midtrain.py --resume                         continue where it stopped
     torchrun --nproc_per_node=8 midtrain.py ...         on several GPUs, or with 2 on two cores
@@ -27,7 +27,7 @@ import torch  # after model.py, which sets how its threads wait
 # settings: a preset is what suits a size of model (model.CONFIGS). Each can be changed on the command line
 
 STAGE, SEED = "midtrain", 1_000_000  # added to --seed, so that the problems are not those of pre-training over again
-SETTINGS = dict(  # preset tiny: two minutes on two CPU cores; 100m: arXiv 2512.07783, up to 2.5B of its tokens
+SETTINGS = dict(  # name=(tiny, 100m). tiny: two minutes on two CPU cores; 100m: arXiv 2512.07783, up to 2.5B of its tokens
     id_share=(0.2, 0.2),
     distractors=(4.0, None),         # None: as in pre-training
     steps=(400, 4900),
@@ -53,8 +53,7 @@ def arguments():
     with one_line_errors(p):
         choose_device(args)
         init, model = read_start(args, PRESETS, data.VOCABULARY)
-        by_default = PRESETS[args.preset]["id_share"]
-        args.mix = data.stage_mixture(init, by_default, args.mix, args.ops, args.id_share).spec
+        args.mix = data.stage_mixture(init, PRESETS[args.preset]["id_share"], args.mix, args.ops, args.id_share).spec
         args.vocabulary = data.VOCABULARY
         fill_from_preset(args, PRESETS[args.preset])
         take_world(args, init["recipe"], data.World())

@@ -652,8 +652,8 @@ def main():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What every stage needs around its algorithm, and no reader comes for: arguments, device and precision, ranks, optimizers,
-# the files of a run, interrupts, progress.
+# What every stage needs around its algorithm: arguments, device and precision, ranks, optimizers, the files of a run,
+# interrupts, progress. A reader of the model can stop here.
 
 
 def at_least(low, up_to=2 ** 62):

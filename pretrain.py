@@ -7,8 +7,8 @@ Stage 1, pre-training: next-token prediction from scratch on synthetic reasoning
     python pretrain.py --resume                         continue where it stopped
     torchrun --nproc_per_node=8 pretrain.py ...         on several GPUs, or with 2 on two cores
 
-op, the difficulty of a problem, is the number of operations of its solution (data.py). Writes a checkpoint to --out and metrics,
-one JSON row every few steps, beside it (out/pretrain.jsonl). Ctrl-C saves.
+op, the difficulty of a problem, is the number of Define steps of its solution plus that of the operators between letters.
+Writes a checkpoint to --out and metrics, one JSON row every few steps, beside it (out/pretrain.jsonl). Ctrl-C saves.
 """
 import math
 import time
@@ -26,7 +26,7 @@ import torch  # after model.py, which sets how its threads wait
 # settings: a preset is what suits a size of model (model.CONFIGS). Each can be changed on the command line
 
 STAGE, SEED = "pretrain", 0
-SETTINGS = dict(  # preset tiny: ten minutes on two CPU cores; 100m: arXiv 2512.07783, 10B of its tokens, about 22M problems
+SETTINGS = dict(  # name=(tiny, 100m). tiny: ten minutes on two CPU cores; 100m: arXiv 2512.07783, 10B of its tokens
     mix=("all:2-4:0.9,all:5:0.1", "all:2-4:0.2,all:5-7:0.3,all:8-10:0.5"),  # 100m: easy, medium and hard problems
     distractors=(2.0, 2.0),
     late_distractors=(5.0, 2.0),     # in the last third of the steps. Finding a sentence among many is learnt last
@@ -102,8 +102,8 @@ def main():
     parser, args = arguments()
     device, precision = set_up(args)
     mixture = data.parse_mixture(args.mix)
-    trained_ops = [op for (_, op), weight in zip(mixture.cells, mixture.weights) if weight > 0]
-    id_ops = [min(trained_ops), max(trained_ops)]  # "in distribution", for the later stages and evaluate.py
+    # the range that is "in distribution" (ID) for the later stages and evaluate.py
+    id_ops = [extreme(op for (_, op), weight in zip(mixture.cells, mixture.weights) if weight > 0) for extreme in (min, max)]
 
     model = new_model(args).to(device)
     optimizers = make_optimizers(model, args.lr, args.weight_decay, args.momentum if args.optimizer == "muon" else None)
