@@ -46,6 +46,8 @@ SETTINGS = dict(  # name=(tiny, 100m). tiny: ten minutes on two CPU cores; 100m:
     eval_every=(100, 100),
     save_every=(200, 500))
 PRESETS = {preset: {name: values[i] for name, values in SETTINGS.items()} for i, preset in enumerate(("tiny", "100m"))}
+# options of the model, in model.Config and, name_parts, in `new_model`; and the least value of each
+LEAST = dict(n_layers=1, width=1, n_heads=1, n_kv_heads=1, mlp=1, rope_theta=1.0, init_std=0.0, look_back=0, name_parts=0.0)
 
 
 def arguments():
@@ -55,8 +57,7 @@ def arguments():
     p.add_argument("--late-distractors", type=at_least(0.0), help="--distractors of the last third of the steps")
     add_prediction_options(p)
     g = p.add_argument_group("model (defaults from the preset)", "see Config in model.py and new_model in pretrain.py")
-    for name, low in dict(n_layers=1, width=1, n_heads=1, n_kv_heads=1, mlp=1, rope_theta=1.0, init_std=0.0, look_back=0,
-                          name_parts=0.0).items():
+    for name, low in LEAST.items():
         g.add_argument("--" + name.replace("_", "-"), type=at_least(low))
     args = p.parse_args()
     with one_line_errors(p):
