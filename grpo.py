@@ -72,16 +72,17 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, n_tokens, clip_r
     """-J of the formula above, for the tokens of one micro-batch.
 
     logprobs, old_logprobs, ref_logprobs, advantages: (M,), one value for each of its M tokens of solutions; a token has the
-    advantage of its solution. ref_logprobs may be None if kl_coef is 0. n_tokens: N. clip_ratio: eps. kl_coef: beta.
+    advantage of its solution. ref_logprobs may be None if kl_coef is 0. n_tokens: N. clip_ratio: eps. kl_coef: beta. The value of
+    k3 estimates KL(pi, pi_ref); its gradient, in the mean over samples of pi, is that of KL(pi_ref, pi).
     Returns the loss and, for the log, a dict of sums over the tokens: kl, approx_kl (k3 of pi_old against pi), clipped.
     """
     logratio = logprobs - old_logprobs
-    ratio = logratio.exp()
+    ratio = logratio.clamp(max=20).exp()  # one token must not make an infinite loss, here and below
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages)
     kl = torch.zeros_like(logprobs)
     if kl_coef:
         ref_logratio = ref_logprobs - logprobs
-        kl = ref_logratio.exp() - ref_logratio - 1
+        kl = ref_logratio.clamp(max=10).exp() - ref_logratio - 1
     loss = -(surrogate - kl_coef * kl).sum() / n_tokens
     with torch.no_grad():  # a token is clipped where the minimum takes the constant, so that its gradient is 0
         clipped = (ratio > 1 + clip_ratio) & (advantages > 0) | (ratio < 1 - clip_ratio) & (advantages < 0)
@@ -371,7 +372,7 @@ SETTINGS = dict(  # name=(tiny, 100m). tiny: ten minutes on two CPU cores; 100m:
     lr=(3e-4, 1e-6),
     min_lr=(0.0, 1e-6),       # tiny: a constant 2e-4 raised OOD-edge by .03 instead of .08 (seed 0)
     warmup=(5, 0),
-    weight_decay=(0.0, 0.1),
+    weight_decay=(0.0, 0.01),
     kl=(0.0, 1e-3),           # without KL no reference is needed, and groups without a gradient cost nothing
     max_new=(192, 1024),
     rows=(512, 3072),

@@ -167,6 +167,27 @@ def test_kl_is_never_negative_and_0_only_where_the_two_agree():
             assert kl >= 0 and (kl > 1e-5) == (abs(float(p) - ref) > 1e-2), (p, ref)
 
 
+@pytest.mark.parametrize("p, old, ref", [(-1e4, 0.0, 0.0), (0.0, -1e4, -1e4), (0.0, -1e4, 0.0), (-1e4, -1e4, 0.0)])
+@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
+def test_one_impossible_token_makes_nothing_infinite(p, old, ref, advantage):
+    p = torch.tensor([p, -1.0], requires_grad=True)  # float32, as in a run
+    loss, sums = grpo_loss(p, torch.tensor([old, -1.0]), torch.tensor([ref, -1.0]), torch.tensor([advantage, 1.0]), 2, 0.2, 1e-3)
+    loss.backward()
+    assert loss.isfinite() and p.grad.isfinite().all() and all(value.isfinite() for value in sums.values())
+
+
+def test_kl_has_the_gradient_of_the_reversed_kl_in_the_mean():
+    """Over all five outcomes, weighted by pi: sum of pi * d k3 / d log pi, against the gradient of KL(pi_ref, pi)."""
+    g = torch.Generator().manual_seed(1)
+    theta = torch.randn(5, generator=g).double().requires_grad_()
+    ref = torch.randn(5, generator=g).double().log_softmax(-1)
+    logp = theta.log_softmax(-1)
+    k3 = [grpo_loss(logp[[a]], logp[[a]].detach(), ref[[a]], torch.zeros(1).double(), 1, 0.2, 1.0)[0] for a in range(5)]
+    mean = sum(float(logp[a].detach().exp()) * torch.autograd.grad(k3[a], theta, retain_graph=True)[0] for a in range(5))
+    reverse = (ref.exp() * (ref - theta.log_softmax(-1))).sum()
+    torch.testing.assert_close(mean, torch.autograd.grad(reverse, theta)[0])
+
+
 def test_kl_is_right_in_the_mean():
     """Drawn from pi, k3 has the mean KL(pi || pi_ref), a sum over the five outcomes; within four standard errors."""
     g, n = torch.Generator().manual_seed(0), 40_000
