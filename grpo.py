@@ -108,10 +108,9 @@ class Rollout(NamedTuple):
     advantage: torch.Tensor      # ()
 
 
-def draw_problems(first, count, mixture, split, args):
+def draw_problems(first, count, mixture, split, seed, world):
     """This rank's part of problems first ... first + count - 1."""
-    world = data.World(args.distractors, args.max_parents, args.max_value)
-    return [data.make_row(i, mixture, SEED + args.seed, split, world) for i in range(first + rank(), first + count, n_ranks())]
+    return [data.make_row(i, mixture, SEED + seed, split, world) for i in range(first + rank(), first + count, n_ranks())]
 
 
 def judge(rows, solutions, map_fn):
@@ -187,6 +186,7 @@ def main():
     device, precision = set_up(args)
     mixture, contexts, id_ops = data.parse_mixture(args.mix), data.contexts_of(args.mix), init["id_ops"]
     ops = sorted({op for (_, op), weight in zip(mixture.cells, mixture.weights) if weight > 0})
+    world = data.World(args.distractors, args.max_parents, args.max_value)
     allowance = args.budget and args.budget * args.rl_share / RL_COST  # tokens of RL
 
     model.to(device).train()
@@ -203,10 +203,10 @@ def main():
     end_of_text, generator = enc.encode_single_token(data.END), torch.Generator(device)
     mixtures = {name: data.parse_mixture(data.in_contexts(contexts, f"{low}-{high}"))
                 for name, (low, high) in data.op_groups(id_ops).items() if name != "OOD-hard" and low <= high}
-    eval_rows = {name: draw_problems(0, args.eval_problems, mixtures[name], "eval", args) for name in mixtures}
+    eval_rows = {name: draw_problems(0, args.eval_problems, mixtures[name], "eval", args.seed, world) for name in mixtures}
     held_out_batch = next(step_batches(data.TrainingSteps(  # to notice a broken model
-        mixtures["ID"], 16, SEED + args.seed, "eval", "solution", data.World(args.distractors, args.max_parents, args.max_value),
-        args.micro_tokens, rank(), n_ranks(), args.compile), 0, 1, 0, device))
+        mixtures["ID"], 16, SEED + args.seed, "eval", "solution", world, args.micro_tokens, rank(), n_ranks(), args.compile),
+        0, 1, 0, device))
 
     def sample_solutions(rows, n, temperature, seed):
         """n solutions for each problem: the prompts, and the ids and log-probabilities of the solutions. The generator is seeded
@@ -233,8 +233,8 @@ def main():
                 model=model.state_dict(), optimizer=optimizer.state_dict(), reference=reference and reference.state_dict(),
                 rng=torch.get_rng_state(), **state))
 
-    say(f"grpo from {args.init}, {model.n_params() / 1e6:.2f}M parameters; mixture {args.mix}{', curriculum' * args.curriculum}; "
-        f"{allowance or args.steps:.6g} {'tokens' if allowance else 'steps'}, a step {args.prompts} prompts x {args.rollouts} "
+    say(f"grpo from {args.init}, {model.n_params() / 1e6:.2f}M parameters; mixture {args.mix}{', curriculum' * args.curriculum}, "
+        f"{world}; {allowance or args.steps:.6g} {'tokens' if allowance else 'steps'}, a step {args.prompts} prompts x {args.rollouts} "
         f"rollouts, {args.updates} updates; reward {args.reward}, learning rate {args.lr:g}; {args.dtype} on {device}, "
         f"{n_ranks()} ranks, {torch.get_num_threads()} threads")
     if args.compile:  # for the updates; sampling has its own steps
@@ -253,7 +253,7 @@ def main():
             # rollouts: a group of solutions for each prompt. All randomness is seeded by (seed, step, rank)
             factors = {op: max(FLOOR, share) for op, share in learnable.items()}
             current = data.reweighted(mixture, factors) if args.curriculum else mixture
-            rows = draw_problems(step * args.prompts, args.prompts, current, "train", args)
+            rows = draw_problems(step * args.prompts, args.prompts, current, "train", args.seed, world)
             seed = ((SEED + args.seed) * 1_000_003 + step) * n_ranks() + rank()
             prompts, solutions, old_logprobs = sample_solutions(rows, args.rollouts, args.temperature, seed)
             t_sampled = time.perf_counter()
@@ -364,7 +364,6 @@ def as_text(values):
 
 SETTINGS = dict(  # name=(tiny, 100m). tiny: ten minutes on two CPU cores; 100m: arXiv 2512.07783
     id_share=(0.2, 0.0),      # tiny: without problems from the range of pre-training a small model soon forgets it
-    distractors=(2.0, None),  # None: as --init had
     steps=(250, 200),
     prompts=(64, 1024),
     rollouts=(8, 6),
@@ -424,7 +423,7 @@ def arguments():
         take_world(args, init["recipe"], data.World())
         data.World(args.distractors, args.max_parents, args.max_value)  # refuses what is not possible
         if args.prompts % n_ranks() or args.updates > args.prompts // n_ranks():
-            raise ValueError("--prompts must be a multiple of the number of ranks, and each rank needs one for each of --updates")
+            raise ValueError("--prompts must be a multiple of the number of ranks, and not too few for --updates on each rank")
         check_run_files(args, inputs=[args.init])
     return p, args, init, model
 

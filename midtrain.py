@@ -29,7 +29,6 @@ import torch  # after model.py, which sets how its threads wait
 STAGE, SEED = "midtrain", 1_000_000  # added to --seed, so that the problems are not those of pre-training over again
 SETTINGS = dict(  # name=(tiny, 100m). tiny: two minutes on two CPU cores; 100m: arXiv 2512.07783, up to 2.5B of its tokens
     id_share=(0.2, 0.2),
-    distractors=(4.0, None),         # None: as in pre-training
     steps=(400, 4900),
     batch=(64, 912),                 # 100m: 512k tokens of the paper's tokenizer, in which these problems have 560 each
     optimizer=("muon", "adamw"),
