@@ -234,9 +234,9 @@ def main():
                 rng=torch.get_rng_state(), **state))
 
     say(f"grpo from {args.init}, {model.n_params() / 1e6:.2f}M parameters; mixture {args.mix}{', curriculum' * args.curriculum}, "
-        f"{world}; {allowance or args.steps:.6g} {'tokens' if allowance else 'steps'}, a step {args.prompts} prompts x {args.rollouts} "
-        f"rollouts, {args.updates} updates; reward {args.reward}, learning rate {args.lr:g}; {args.dtype} on {device}, "
-        f"{n_ranks()} ranks, {torch.get_num_threads()} threads")
+        f"{world}; {allowance or args.steps:.6g} {'tokens' if allowance else 'steps'}, a step {args.prompts} prompts x "
+        f"{args.rollouts} rollouts, {args.updates} updates; reward {args.reward}, learning rate {args.lr:g}; {args.dtype} on "
+        f"{device}, {n_ranks()} ranks, {torch.get_num_threads()} threads")
     if args.compile:  # for the updates; sampling has its own steps
         compile_layers(*filter(None, (model, reference)))
     pool = ProcessPoolExecutor(args.workers, get_context("spawn"), become_worker) if args.workers else nullcontext()
