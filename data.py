@@ -37,7 +37,7 @@ import random
 import re
 import sys
 from bisect import bisect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -743,49 +743,70 @@ class TrainingSteps:
     """steps[s] -> the micro-batches of optimizer step s. So a run can resume at s, and any worker can make any step.
 
     Step s trains on problems s * batch_size ... (s + 1) * batch_size - 1. Rank r of n_ranks takes every n_ranks-th of
-    them. Each row holds one problem and is padded on the right. Attention is causal, so this needs no mask.
-    Rows are sorted by length and cut into micro-batches of at most `micro_tokens` tokens, padding included. A longer row
-    gets a micro-batch of its own. Shapes are multiples of (4, 16), because libraries prepare and keep a kernel for each
-    new shape. With packed=True, for torch.compile, problems are laid end to end, without padding and in few shapes
-    (`pack`).
+    them. Problems are laid end to end in one row, and attention keeps them apart: in blocks of about equal length
+    (`in_blocks`), in micro-batches of about `micro_tokens` tokens whose number is a multiple of `at_a_time`, so that as many
+    cores have work; or with packed=True, for torch.compile, without padding and in few shapes (`pack`).
 
-    A micro-batch is (x, y), int64 arrays (rows, T). y[b, t] is the token after x[b, t], or IGNORE where there is no loss:
-    on padding and, with loss="solution", on the prompt. late = (step, distractors) sets another mean number of distractors
+    A micro-batch is (x, y, ...), int64 arrays (1, tokens). y[0, t] is the token after x[0, t], or IGNORE where there is no
+    loss: on padding and, with loss="solution", on the prompt. late = (step, mixture, world) are another mixture and world
     from that step on.
     Works as a map-style data set of torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, end)).
     """
 
     def __init__(self, mixture, batch_size, seed=0, split="train", loss="all", world=World(), micro_tokens=8192,
-                 rank=0, n_ranks=1, packed=False, late=None):
-        self.mixture, self.batch_size, self.seed, self.split = mixture, batch_size, seed, split
-        self.loss, self.world, self.micro_tokens = loss, world, micro_tokens
-        self.late_from, self.late_world = (late[0], replace(world, distractors=late[1])) if late else (math.inf, None)
-        self.rank, self.n_ranks, self.packed, self.enc = rank, n_ranks, packed, tokenizer()
+                 rank=0, n_ranks=1, packed=False, at_a_time=1, late=None):
+        self.early, (self.late_from, *self.late) = (mixture, world), late or (math.inf,)
+        self.batch_size, self.seed, self.split, self.loss, self.micro_tokens = batch_size, seed, split, loss, micro_tokens
+        self.rank, self.n_ranks, self.packed, self.at_a_time, self.enc = rank, n_ranks, packed, at_a_time, tokenizer()
 
     def __getitem__(self, step):
         first = step * self.batch_size
-        world = self.world if step < self.late_from else self.late_world
-        rows = [encode_row(self.enc, make_row(i, self.mixture, self.seed, self.split, world))
+        mixture, world = self.early if step < self.late_from else self.late
+        rows = [encode_row(self.enc, make_row(i, mixture, self.seed, self.split, world))
                 for i in range(first + self.rank, first + self.batch_size, self.n_ranks)]
-        return [arrays for _, arrays in micro_batches(rows, self.micro_tokens, self.loss, self.packed)]
+        return [arrays for _, arrays in micro_batches(rows, self.micro_tokens, self.loss, self.packed, self.at_a_time)]
 
 
-def micro_batches(rows, micro_tokens, loss="all", packed=False):
-    """Rows (ids, n_prompt, ...) -> [(list of rows, what `pad` or `pack` makes of them)]."""
+def micro_batches(rows, micro_tokens, loss="all", packed=False, at_a_time=1):
+    """Rows (ids, n_prompt, ...) -> [(list of rows, what `in_blocks` or `pack` makes of them)]. See `TrainingSteps`."""
     if packed:
         return [(batch, pack(batch, size, loss)) for batch, size in cut_to_pack(rows, micro_tokens)]
-    return [(batch, pad(batch, loss)) for batch in cut(rows, micro_tokens)]
+    return [(batch, in_blocks(batch, loss)) for batch in cut(rows, micro_tokens, at_a_time)]
 
 
-def cut(rows, micro_tokens):
-    """Sort rows (ids, n_prompt, ...) by length, and cut them into lists of at most `micro_tokens` tokens with padding."""
-    batches = []
-    for row in sorted(rows, key=lambda row: len(row[0])):
-        if batches and math.prod(padded(len(batches[-1]) + 1, len(row[0]) - 1)) <= micro_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
+def block_length(row):
+    return -(-(len(row[0]) - 1) // 16) * 16  # few lengths, so that several rows share one
+
+
+def cut(rows, micro_tokens, at_a_time=1):
+    """Sort rows (ids, n_prompt, ...) by length, and cut them into lists of about equal size: fewer than `micro_tokens` tokens
+    and those of one row more. Their number is a multiple of at_a_time, if there are so many rows."""
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    total = sum(map(block_length, rows))
+    parts = -(-total // (micro_tokens * at_a_time)) * at_a_time
+    batches, end = {}, 0
+    for row in rows:
+        end += block_length(row)
+        batches.setdefault((end - 1) * parts // total, []).append(row)
+    return list(batches.values())
+
+
+def in_blocks(rows, loss="all"):
+    """[(ids, n_prompt, ...)], sorted by length -> (x, y, blocks), with x and y as in `TrainingSteps`.
+
+    blocks: [(n, T), ...], the next n sequences take T tokens each, padding included. Attention then needs no mask. What is left
+    of the row is a sequence, too: libraries prepare and keep a kernel for each new size, so sizes are multiples of 64.
+    """
+    size = -(-sum(map(block_length, rows)) // 64) * 64
+    x, y, blocks, start = np.zeros((1, size), np.int64), np.full((1, size), IGNORE, np.int64), [], 0
+    for ids, n_prompt, *_ in rows:
+        first, end = n_prompt if loss == "solution" else 1, start + len(ids) - 1
+        x[0, start:end] = ids[:-1]
+        y[0, start + first - 1:end] = ids[first:]
+        T = block_length((ids,))
+        blocks[-1:] = [(blocks[-1][0] + 1, T)] if blocks and blocks[-1][1] == T else [*blocks[-1:], (1, T)]
+        start += T
+    return x, y, blocks + [(1, size - start)] * (size > start)
 
 
 def pack_sizes(micro_tokens):
@@ -838,21 +859,6 @@ def pack(rows, size, loss="all"):
     cu_seqlens = np.full(most_rows(size) + size // 512 + 2, size, np.int32)
     cu_seqlens[:len(ends)] = ends
     return x, y, cu_seqlens, max_seqlen
-
-
-def padded(n_rows, T):
-    return -(-n_rows // 4) * 4, -(-T // 16) * 16
-
-
-def pad(rows, loss="all"):
-    """[(ids, n_prompt, ...)] -> (x, y) as in `TrainingSteps`."""
-    shape = padded(len(rows), max(len(row[0]) for row in rows) - 1)
-    x, y = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
-    for b, (ids, n_prompt, *_) in enumerate(rows):
-        first = n_prompt if loss == "solution" else 1  # the first token with a loss
-        x[b, :len(ids) - 1] = ids[:-1]
-        y[b, first - 1:len(ids) - 1] = ids[first:]
-    return x, y
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -45,11 +45,11 @@ from typing import NamedTuple
 import numpy as np
 
 import data
-from model import (add_start_options, any_rank, at_least, become_worker, check_run_files, choose_device, compile_layers,
-                   exit_if_interrupted, fill_from_preset, gather, give_up, make_optimizers, mean_loss, n_ranks,
-                   noted_interrupts, one_line_errors, open_run, progress_bar, rank, read_edge, read_start, run_script, sample,
-                   save_checkpoint, say, set_up, stage_parser, step_batches, sum_gradients_over_ranks, sum_over_ranks,
-                   take_world, to_device, write_metrics)
+from model import (add_gradients, add_start_options, any_rank, at_least, become_worker, check_run_files, choose_device,
+                   compile_layers, exit_if_interrupted, fill_from_preset, gather, give_up, make_optimizers, mean_loss,
+                   n_at_a_time, n_ranks, noted_interrupts, one_line_errors, open_run, progress_bar, rank, read_edge, read_start,
+                   run_script, sample, save_checkpoint, say, set_up, stage_parser, step_batches, sum_gradients_over_ranks,
+                   sum_over_ranks, take_world, to_device, write_metrics)
 from verify import REWARDS, reward, verify
 import torch  # after model.py, which sets how its threads wait
 
@@ -142,24 +142,27 @@ def update(model, reference, optimizer, rollouts, args, device, precision, sums,
     n_tokens = sum_over_ranks(torch.tensor(float(sum(len(r.old_logprobs) for r in rollouts)), device=device))
     if not args.kl:  # without KL, advantage 0 is gradient 0, so skip these; they still count in N
         rollouts = [r for r in rollouts if r.advantage != 0]
-    for batch, (x, y, *sequences) in data.micro_batches(rollouts, args.micro_tokens, "solution", args.compile):
+
+    def loss_of(micro_batch):
+        batch, (x, y, *sequences) = micro_batch
         where = np.flatnonzero(y != data.IGNORE)  # the tokens of the solutions, row by row
         lengths = torch.tensor([len(r.old_logprobs) for r in batch])
         x, where, targets, old_logprobs, advantages, *sequences = to_device((
             x, where, y.flatten()[where], torch.cat([r.old_logprobs for r in batch]),
             torch.stack([r.advantage for r in batch]).repeat_interleave(lengths), *sequences), device)
-        with precision:
-            logprobs, entropy = model.logprobs(x, where, targets, args.temperature, *sequences)
-            with torch.no_grad():
-                ref_logprobs = reference.logprobs(x, where, targets, args.temperature, *sequences)[0] if args.kl else None
-        loss, token_sums = grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, n_tokens, args.clip_ratio, args.kl)
-        loss.backward()
+        logprobs, entropy = model.logprobs(x, where, targets, args.temperature, *sequences)
         with torch.no_grad():
-            token_sums |= dict(loss=loss / args.updates, entropy=entropy.sum(), tokens=len(where))
-            if fresh:
-                token_sums |= dict(mismatch=(logprobs - old_logprobs).abs().sum(), fresh_tokens=len(where))
-            for name, value in token_sums.items():
-                sums[name] += value
+            ref_logprobs = reference.logprobs(x, where, targets, args.temperature, *sequences)[0] if args.kl else None
+        loss, token_sums = grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, n_tokens, args.clip_ratio, args.kl)
+        token_sums |= dict(loss=loss.detach() / args.updates, entropy=entropy.sum(), tokens=len(where))
+        if fresh:
+            token_sums |= dict(mismatch=(logprobs.detach() - old_logprobs).abs().sum(), fresh_tokens=len(where))
+        return loss, token_sums
+
+    micro_batches = data.micro_batches(rollouts, args.micro_tokens, "solution", args.compile, n_at_a_time(device))
+    for token_sums in add_gradients(model, loss_of, micro_batches, device, precision):
+        for name, value in token_sums.items():
+            sums[name] += value
     sum_gradients_over_ranks(model)
     grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip))
     if 0 < grad_norm < math.inf:  # without a gradient Adam would still go on in its old direction

@@ -17,9 +17,9 @@ from dataclasses import asdict
 
 import data
 from model import (accumulate, add_prediction_options, amounts_and_speeds, any_rank, at_least, check_run_files, choose_device,
-                   compile_layers, exit_if_interrupted, fill_from_preset, give_up, make_optimizers, mean_loss, n_ranks,
-                   noted_interrupts, one_line_errors, open_run, progress_bar, rank, run_script, sample, save_checkpoint, say,
-                   say_expected_time, set_up, stage_parser, step_batches, write_metrics)
+                   compile_layers, exit_if_interrupted, fill_from_preset, give_up, make_optimizers, mean_loss, n_at_a_time,
+                   n_ranks, noted_interrupts, one_line_errors, open_run, progress_bar, rank, run_script, sample, save_checkpoint,
+                   say, say_expected_time, set_up, stage_parser, step_batches, write_metrics)
 from model import add_start_options, read_start, take_world
 import torch  # after model.py, which sets how its threads wait
 
@@ -37,7 +37,7 @@ SETTINGS = dict(  # name=(tiny, 100m). tiny: two minutes on two CPU cores; 100m:
     min_lr=(0.0, 3e-5),
     warmup=(0.15, 0.15),
     weight_decay=(0.1, 0.1),
-    micro_tokens=(1536, 32_768),
+    micro_tokens=(3072, 32_768),
     workers=(0, 4),
     eval_every=(50, 50),
     save_every=(100, 500))
@@ -83,14 +83,15 @@ def main():
     id_ops = init["id_ops"]  # "in distribution" is what pre-training saw
 
     model.to(device).train()
-    optimizers = make_optimizers(model, args.lr, args.weight_decay, args.momentum if args.optimizer == "muon" else None)
+    optimizers = make_optimizers(model, args.lr, args.weight_decay, args.momentum if args.optimizer == "muon" else None,
+                                 getattr(torch, args.dtype))
 
     # step s trains on problems s * batch ... (s + 1) * batch - 1 of the stream
     world = data.World(args.distractors, args.max_parents, args.max_value)
 
     def stream(split, batch, **more):
         return data.TrainingSteps(mixture, batch, SEED + args.seed, split, args.loss, world, args.micro_tokens,
-                                  packed=args.compile, **more)
+                                  packed=args.compile, at_a_time=n_at_a_time(device), **more)
 
     steps = stream("train", args.batch, rank=rank(), n_ranks=n_ranks())
     held_out = next(step_batches(stream("eval", 256), 0, 1, 0, device))

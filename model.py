@@ -9,6 +9,7 @@ that `AutoModelForCausalLM.from_pretrained(DIR)` loads.
 Letters in shape comments: B rows, T tokens, C width, H heads, KV key-value heads, D width of a head.
 """
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
@@ -19,7 +20,10 @@ import sys
 import threading
 import time
 import uuid
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import asdict, dataclass
 from multiprocessing import parent_process
 
@@ -163,6 +167,17 @@ def packed_attention(q, k, v, cu_seqlens, max_seqlen):
     return causal_attention(q, k, v, (sequence[:, None] == sequence).tril())  # slow; the tests compare with it
 
 
+def block_attention(q, k, v, blocks):
+    """`causal_attention` inside each of several sequences laid end to end in one row (B = 1): blocks of n sequences of T tokens
+    each, see data.in_blocks. Only here is a token that is no padding one of a row with others of about its length."""
+    sizes = [n * T for n, T in blocks]
+    y = []
+    for (n, T), *qkv in zip(blocks, q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2)):
+        out = causal_attention(*(a[0].unflatten(1, (n, T)).transpose(0, 1) for a in qkv))  # (n, H, T, D)
+        y.append(out.transpose(1, 2).flatten(0, 1))                                        # (n T, H, D)
+    return torch.cat(y).transpose(0, 1)[None]                                              # (1, H, T, D)
+
+
 def sequence_of(cu_seqlens, T):
     """The index of the sequence that each of T tokens belongs to, (T,)."""
     return torch.searchsorted(cu_seqlens, torch.arange(T, device=cu_seqlens.device, dtype=torch.int32), right=True) - 1
@@ -205,15 +220,18 @@ class Transformer(nn.Module):
     def hidden(self, ids, *sequences, attend=None):
         """ids (B, T) -> what the head reads, (B, T, C).
 
-        sequences: cu_seqlens and max_seqlen, if the one row of ids is several sequences end to end (see `packed_attention`).
+        sequences: if the one row of ids is several sequences end to end, either blocks (see `block_attention`), or cu_seqlens and
+        max_seqlen (see `packed_attention`).
         attend: a function (q, k, v) to use in every layer instead of causal attention.
         """
         positions = torch.arange(ids.shape[1], device=ids.device)
-        if sequences:  # each sequence counts from 0
+        if len(sequences) == 2:  # each sequence counts from 0
             positions = positions - sequences[0].index_select(0, sequence_of(sequences[0], len(positions)))
+        elif sequences:
+            positions = torch.cat([positions[:T].repeat(n) for n, T in sequences[0]])
         cos, sin = rotary_tables(positions, self.layers[0].self_attn.head_dim, self.config.rope_theta)
         x = self.embed_tokens(ids)
-        attention = attend or (packed_attention if sequences else causal_attention)
+        attention = attend or (causal_attention, block_attention, packed_attention)[len(sequences)]
         for layer in self.layers:  # `forward` avoids a compiled layer, which would be compiled again for each `attend`
             x = (layer.forward if attend else layer)(x, cos, sin, attention, *sequences)
         return self.norm(x)
@@ -826,7 +844,7 @@ def any_rank(flag, device):
 
 # Training
 
-def make_optimizers(model, lr, weight_decay, muon_momentum=None):
+def make_optimizers(model, lr, weight_decay, muon_momentum=None, precision=torch.bfloat16):
     """[AdamW] for all parameters or, with muon_momentum, [AdamW, Muon]: Muon for the matrices of the layers.
 
     Biases and the weights of norms have no weight decay. Muon's steps are scaled so that one learning rate and weight decay suit
@@ -838,9 +856,46 @@ def make_optimizers(model, lr, weight_decay, muon_momentum=None):
     optimizers = [torch.optim.AdamW([dict(params=decay), dict(params=no_decay, weight_decay=0.0)], lr=lr, betas=(0.9, 0.95),
                                     weight_decay=weight_decay, fused=True)]
     if muon_momentum is not None:
-        optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=muon_momentum,
-                                           adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(matrices, lr, weight_decay, muon_momentum, precision))
     return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps along the momentum's nearest orthogonal matrix, so that all directions of a matrix learn equally fast (Jordan 2024,
+    https://kellerjordan.github.io/posts/muon). torch.optim.Muon computes in bfloat16 on every CPU; without instructions for it
+    that takes longer than the model. Here matrices of one shape also go through one product.
+    """
+
+    def __init__(self, matrices, lr, weight_decay, momentum, precision=torch.bfloat16):
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.precision = precision
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for p in group["params"]:
+                by_shape[p.shape].append(p)
+            for (rows, columns), ps in by_shape.items():
+                gradients = [p.grad for p in ps]
+                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in ps]
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                updates = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))  # Nesterov's
+                torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(ps, orthogonal(updates, self.precision).unbind(),
+                                    alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)  # the size of AdamW's steps
+
+
+def orthogonal(X, precision, a=3.4445, b=-4.7750, c=2.0315):
+    """Matrices (..., rows, columns) with about the same singular vectors and all singular values in 0.7 ... 1.2: five steps of a
+    Newton-Schulz iteration, whose coefficients are Jordan's."""
+    if X.shape[-2] > X.shape[-1]:
+        return orthogonal(X.mT, precision, a, b, c).mT
+    dtype, X = X.dtype, (X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)).to(precision)
+    for _ in range(5):
+        gram = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
+    return X.to(dtype)
 
 
 def compile_layers(*models):
@@ -851,11 +906,11 @@ def compile_layers(*models):
 
 
 def to_device(batch, device):
-    """Arrays and tensors of a batch to the device; numbers stay as they are. On CUDA nothing waits for the copy."""
-    batch = [a if isinstance(a, int) else torch.as_tensor(a) for a in batch]
+    """Arrays and tensors of a batch to the device; numbers and blocks stay. On CUDA nothing waits for the copy."""
+    batch = [a if isinstance(a, (int, list)) else torch.as_tensor(a) for a in batch]
     if torch.device(device).type == "cuda":
-        batch = [a if isinstance(a, int) or a.is_pinned() else a.pin_memory() for a in batch]
-    return [a if isinstance(a, int) else a.to(device, non_blocking=True) for a in batch]
+        batch = [a if isinstance(a, (int, list)) or a.is_pinned() else a.pin_memory() for a in batch]
+    return [a if isinstance(a, (int, list)) else a.to(device, non_blocking=True) for a in batch]
 
 
 def step_batches(steps, first, last, n_workers, device):
@@ -865,7 +920,7 @@ def step_batches(steps, first, last, n_workers, device):
     """
     def collate(micro_batches):
         counts = torch.tensor([[(y != -100).sum(), (x != 0).sum()] for x, y, *_ in micro_batches] or [[0, 0]]).sum(0)
-        return [[a if isinstance(a, int) else torch.as_tensor(a) for a in batch] for batch in micro_batches], counts
+        return [[a if isinstance(a, (int, list)) else torch.as_tensor(a) for a in batch] for batch in micro_batches], counts
 
     return iter(torch.utils.data.DataLoader(
         steps, batch_size=None, sampler=range(first, last), num_workers=n_workers, collate_fn=collate,
@@ -881,6 +936,52 @@ def become_worker(*_):
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
+def n_at_a_time(device):
+    """How many micro-batches run at a time: on a CPU one a core, up to 8. Several threads for each would win less, since the
+    operations of a small model are short."""
+    return min(8, torch.get_num_threads()) if device == "cpu" else 1
+
+
+@functools.cache
+def pool_of(n, threads_each):
+    return ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(threads_each,))
+
+
+def side_by_side(f, items):
+    """[f(item) for item in items], each in a thread of its own that has its share of the cores."""
+    n_threads = torch.get_num_threads()
+    threads_each = max(1, n_threads // len(items))
+    torch.set_num_threads(threads_each)  # MKL has one number for all threads
+    try:
+        return list(pool_of(len(items), threads_each).map(f, items))
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def add_gradients(model, loss_of, micro_batches, device, precision):
+    """Add to the parameters' .grad the gradient of loss_of(batch)[0] for each micro-batch. Returns a list of loss_of(batch)[1].
+
+    On a CPU `n_at_a_time` run at a time. The sum is in the order of the micro-batches, so a run can be repeated bit for bit.
+    """
+    parameters, n, others = list(model.parameters()), n_at_a_time(device), []
+
+    def gradients_of(batch):
+        with copy(precision):  # a copy, because it remembers what to go back to in its thread
+            loss, other = loss_of(batch)
+        return torch.autograd.grad(loss, parameters), other
+
+    for i in range(0, len(micro_batches), n):
+        batches = micro_batches[i:i + n]
+        for gradients, other in side_by_side(gradients_of, batches) if len(batches) > 1 else map(gradients_of, batches):
+            if parameters[0].grad is None:
+                for p, gradient in zip(parameters, gradients):
+                    p.grad = gradient
+            else:
+                torch._foreach_add_([p.grad for p in parameters], gradients)
+            others.append(other)
+    return others
+
+
 def accumulate(model, micro_batches, counts, device, precision):
     """Add up the gradient of the mean loss for each target token, over the micro-batches of a step and over the ranks.
 
@@ -888,14 +989,14 @@ def accumulate(model, micro_batches, counts, device, precision):
     device: nothing here waits for it.
     """
     n_targets, n_tokens = sum_over_ranks(counts.to(device, non_blocking=True, copy=True))
-    total = torch.zeros((), device=device)
-    for batch in micro_batches:
-        with precision:
-            loss = model.loss(*to_device(batch, device)) / n_targets
-        loss.backward()
-        total += loss.detach()
+
+    def loss_of(batch):
+        loss = model.loss(*to_device(batch, device)) / n_targets
+        return loss, loss.detach()
+
+    losses = add_gradients(model, loss_of, micro_batches, device, precision)
     sum_gradients_over_ranks(model)
-    return sum_over_ranks(total), n_tokens
+    return sum_over_ranks(sum(losses, torch.zeros((), device=device))), n_tokens
 
 
 @torch.no_grad()

@@ -16,9 +16,9 @@ from dataclasses import asdict
 
 import data
 from model import (accumulate, add_prediction_options, amounts_and_speeds, any_rank, at_least, check_run_files, choose_device,
-                   compile_layers, exit_if_interrupted, fill_from_preset, give_up, make_optimizers, mean_loss, n_ranks,
-                   noted_interrupts, one_line_errors, open_run, progress_bar, rank, run_script, sample, save_checkpoint, say,
-                   say_expected_time, set_up, stage_parser, step_batches, write_metrics)
+                   compile_layers, exit_if_interrupted, fill_from_preset, give_up, make_optimizers, mean_loss, n_at_a_time,
+                   n_ranks, noted_interrupts, one_line_errors, open_run, progress_bar, rank, run_script, sample, save_checkpoint,
+                   say, say_expected_time, set_up, stage_parser, step_batches, write_metrics)
 from model import CONFIGS, Config, Transformer
 import torch  # after model.py, which sets how its threads wait
 
@@ -28,8 +28,10 @@ import torch  # after model.py, which sets how its threads wait
 STAGE, SEED = "pretrain", 0
 SETTINGS = dict(  # name=(tiny, 100m). tiny: ten minutes on two CPU cores; 100m: arXiv 2512.07783, 10B of its tokens
     mix=("all:2-4:0.9,all:5:0.1", "all:2-4:0.2,all:5-7:0.3,all:8-10:0.5"),  # 100m: easy, medium and hard problems
+    late_mix=("all:2-4:0.9,all:5:0.1", "all:2-4:0.2,all:5-7:0.3,all:8-10:0.5"),
     distractors=(2.0, 2.0),
-    late_distractors=(5.0, 2.0),     # in the last third of the steps. Finding a sentence among many is learnt last
+    late_distractors=(5.0, 2.0),     # finding a sentence among many is learnt last
+    late_from=(0.67, 0.67),          # share of the steps before the late phase
     max_parents=(4, 4),
     max_value=(1000, 1000),
     steps=(3580, 19_000),
@@ -41,7 +43,7 @@ SETTINGS = dict(  # name=(tiny, 100m). tiny: ten minutes on two CPU cores; 100m:
     warmup=(0.05, 0.05),
     weight_decay=(0.1, 0.1),
     name_parts=(0.5, 0.0),           # see `new_model`
-    micro_tokens=(1536, 32_768),
+    micro_tokens=(3072, 32_768),
     workers=(0, 4),
     eval_every=(100, 100),
     save_every=(200, 500))
@@ -54,7 +56,9 @@ def arguments():
     p = stage_parser(__doc__, PRESETS, out="out/pretrain.pt")
     p.add_argument("--ops", help="range of op, all contexts with equal weight: 2-10 or 5")
     p.add_argument("--mix", help='instead of --ops a mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20:0.99,school:2:0.01"')
-    p.add_argument("--late-distractors", type=at_least(0.0), help="--distractors of the last third of the steps")
+    p.add_argument("--late-mix", help="--mix of the late phase of the run (default: as before it)")
+    p.add_argument("--late-distractors", type=at_least(0.0), help="--distractors of the late phase (default: as before it)")
+    p.add_argument("--late-from", type=at_least(0.0, up_to=1.0), help="share of the steps before the late phase")
     add_prediction_options(p)
     g = p.add_argument_group("model (defaults from the preset)", "see Config in model.py and new_model in pretrain.py")
     for name, low in LEAST.items():
@@ -63,7 +67,9 @@ def arguments():
     with one_line_errors(p):
         choose_device(args)
         args.preset = args.preset or ("100m" if args.device.startswith("cuda") else "tiny")
-        args.mix = data.mixture_of(args.ops, args.mix, PRESETS[args.preset]["mix"]).spec
+        if args.ops or args.mix:
+            args.mix = data.mixture_of(args.ops, args.mix, None).spec
+        args.late_mix = data.parse_mixture(args.late_mix).spec if args.late_mix else args.mix
         args.late_distractors = args.distractors if args.late_distractors is None else args.late_distractors
         args.vocab_size, args.vocabulary = data.VOCAB_SIZE, data.VOCABULARY
         fill_from_preset(args, PRESETS[args.preset] | asdict(CONFIGS[args.preset]))
@@ -102,22 +108,23 @@ def learning_rate(step, args):
 def main():
     parser, args = arguments()
     device, precision = set_up(args)
-    mixture = data.parse_mixture(args.mix)
+    mixtures = [data.parse_mixture(spec) for spec in (args.mix, args.late_mix)]
+    worlds = [data.World(mean, args.max_parents, args.max_value) for mean in (args.distractors, args.late_distractors)]
     # the range that is "in distribution" (ID) for the later stages and evaluate.py
-    id_ops = [extreme(op for (_, op), weight in zip(mixture.cells, mixture.weights) if weight > 0) for extreme in (min, max)]
+    id_ops = [extreme(op for m in mixtures for (_, op), weight in zip(m.cells, m.weights) if weight > 0) for extreme in (min, max)]
 
     model = new_model(args).to(device)
-    optimizers = make_optimizers(model, args.lr, args.weight_decay, args.momentum if args.optimizer == "muon" else None)
+    optimizers = make_optimizers(model, args.lr, args.weight_decay, args.momentum if args.optimizer == "muon" else None,
+                                 getattr(torch, args.dtype))
 
-    # step s trains on problems s * batch ... (s + 1) * batch - 1 of the stream
-    world = data.World(args.distractors, args.max_parents, args.max_value)
+    # step s trains on problems s * batch ... (s + 1) * batch - 1 of the stream; held out are others, of the late phase
+    def stream(phase, split, batch, **more):
+        return data.TrainingSteps(mixtures[phase], batch, SEED + args.seed, split, args.loss, worlds[phase], args.micro_tokens,
+                                  packed=args.compile, at_a_time=n_at_a_time(device), **more)
 
-    def stream(split, batch, **more):
-        return data.TrainingSteps(mixture, batch, SEED + args.seed, split, args.loss, world, args.micro_tokens,
-                                  packed=args.compile, **more)
-
-    steps = stream("train", args.batch, rank=rank(), n_ranks=n_ranks(), late=(args.steps * 2 // 3, args.late_distractors))
-    held_out = next(step_batches(stream("eval", 256), 0, 1, 0, device))
+    steps = stream(0, "train", args.batch, rank=rank(), n_ranks=n_ranks(),
+                   late=(round(args.late_from * args.steps), mixtures[1], worlds[1]))
+    held_out = next(step_batches(stream(1, "eval", 256), 0, 1, 0, device))
 
     # with --resume, open_run loads the state and the parts from --out
     state = dict(step=0, tokens=0, seconds=0.0, val_loss=None)
@@ -132,7 +139,8 @@ def main():
                 model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state()))
 
     say(f"{STAGE}, preset {args.preset}: {model.n_params() / 1e6:.2f}M parameters, {model.config.n_layers} layers of width "
-        f"{model.config.width}; mixture {args.mix}, {world}; {args.steps} steps of {args.batch} problems; {args.optimizer}, "
+        f"{model.config.width}; mixture {args.mix}, {worlds[0]}, from {args.late_from:.0%} of the steps on {args.late_mix}, "
+        f"{args.late_distractors:g} distractors; {args.steps} steps of {args.batch} problems; {args.optimizer}, "
         f"learning rate {args.lr:g}; {args.dtype} on {device}, {n_ranks()} ranks, {torch.get_num_threads()} threads")
     if args.compile:
         compile_layers(model)
@@ -186,7 +194,7 @@ def main():
             exit_if_interrupted(stop and not last, f"saved {args.out} at step {done}; continue with --resume")
     say(f"{args.out}: step {args.steps}, {args.steps * args.batch} problems, {(time.perf_counter() - began) / 60:.1f} minutes")
     exit_if_interrupted(interrupted, "in the last step, so nothing is left to do")
-    show(model, mixture, world, args, precision)
+    show(model, mixtures[1], worlds[1], args, precision)
 
 
 def show(model, mixture, world, args, precision):

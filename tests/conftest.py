@@ -18,12 +18,14 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLD = ROOT.parent / "shared" / "gold" / "forward.jsonl"
 sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
 TINY = "--preset tiny --device cpu --n-layers 1 --width 32 --n-heads 2 --n-kv-heads 1 --mlp 64 --batch 8 --show 0".split()
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["pytest", "tiktoken", "torch", "torch._dynamo", "torch.distributed", "tqdm"])
@@ -269,3 +271,14 @@ def put(content, path):
         path.write_bytes(content)
     else:
         torch.save(content, path)
+
+
+def pad(rows, loss="all"):
+    """[(ids, n_prompt, ...)] -> x, y of one row each, padded on the right: the plain form of what the scripts lay end to end."""
+    T = max(len(row[0]) for row in rows) - 1
+    x, y = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), data.IGNORE, np.int64)
+    for b, (ids, n_prompt, *_) in enumerate(rows):
+        first = n_prompt if loss == "solution" else 1
+        x[b, :len(ids) - 1] = ids[:-1]
+        y[b, first - 1:len(ids) - 1] = ids[first:]
+    return x, y

@@ -775,30 +775,38 @@ def test_encode_row_knows_where_the_prompt_ends():
         assert ids[-1] == ENC.encode_single_token("<|endoftext|>")
 
 
+def unpacked(x, y, sequences, *_):
+    """The sequences of a micro-batch, as [(x, y)] with one row each. sequences: blocks [(n, T), ...] or cu_seqlens."""
+    if isinstance(sequences, list):
+        sequences = np.cumsum([0] + [T for n, T in sequences for _ in range(n)])
+    return [(x[:, a:b], y[:, a:b]) for a, b in zip(sequences, sequences[1:]) if (y[:, a:b] != -100).any()]
+
+
 @pytest.mark.parametrize("loss", ["all", "solution"])
 def test_targets_are_the_next_tokens(loss):
-    """Padding, rows of it included, has no loss."""
+    """Padding has no loss."""
     encoded = [data.encode_row(ENC, row) for row in rows("2-20", 18)]
-    x, y = data.pad(encoded, loss)
-    assert x.dtype == y.dtype == np.int64 and x.shape == y.shape
-    assert len(x) >= 18 and x.shape[1] >= max(len(ids) for ids, _ in encoded) - 1
-    for (ids, n_prompt), inputs, targets in zip(encoded, x, y):
-        masked = n_prompt - 1 if loss == "solution" else 0
-        expected = [-100] * masked + ids[1 + masked:]
-        assert inputs[:len(expected)].tolist() == ids[:-1]
-        assert targets.tolist() == expected + [-100] * (len(targets) - len(expected))
-        assert expected[-1] == ENC.encode_single_token("<|endoftext|>")
-    assert (y[18:] == -100).all()
-    assert (x >= 0).all() and (x < ENC.n_vocab).all()
+    batches = data.micro_batches(encoded, 900, loss)
+    assert sorted(row for batch, _ in batches for row in batch) == sorted(encoded)
+    for batch, (x, y, blocks) in batches:
+        assert x.dtype == y.dtype == np.int64 and x.shape == y.shape == (1, sum(n * T for n, T in blocks))
+        apart = unpacked(x, y, blocks)
+        assert len(apart) == len(batch)
+        for (ids, n_prompt), (inputs, targets) in zip(batch, apart):
+            masked = n_prompt - 1 if loss == "solution" else 0
+            expected = [-100] * masked + ids[1 + masked:]
+            assert inputs[0, :len(expected)].tolist() == ids[:-1]
+            assert targets[0].tolist() == expected + [-100] * (targets.size - len(expected))
+            assert expected[-1] == ENC.encode_single_token("<|endoftext|>")
+        assert (x >= 0).all() and (x < ENC.n_vocab).all()
 
 
 def rows_of(batches):
     """What a step trains on, whatever the micro-batches and the padding: the token rows, sorted."""
     found = []
-    for x, y in batches:
-        for inputs, targets in zip(x, y):
-            n = 1 + max(np.flatnonzero(targets != -100), default=-1)
-            found += [[*inputs[:n].tolist(), int(targets[n - 1])]] if n else []
+    for x, y in (row for batch in batches for row in unpacked(*batch)):
+        n = 1 + np.flatnonzero(y[0] != -100)[-1]
+        found.append([*x[0, :n].tolist(), int(y[0, n - 1])])
     return sorted(found)
 
 
@@ -816,10 +824,11 @@ def test_a_step_trains_on_its_problems():
     assert rows_of(steps[5]) == sorted(expected)
 
 
-def test_late_steps_have_other_distractors():
-    steps = data.TrainingSteps(MIXTURE, batch_size=24, world=data.World(0, 3, 50), late=(3, 6))
-    few, many = (data.TrainingSteps(MIXTURE, batch_size=24, world=data.World(d, 3, 50)) for d in (0, 6))
-    assert same(steps[2], few[2]) and same(steps[3], many[3]) and not same(few[3], many[3])
+def test_late_steps_have_another_mixture_and_world():
+    phases = [(data.parse_mixture("2-4"), data.World(0, 3, 50)), (data.parse_mixture("5-8"), data.World(6, 3, 50))]
+    both = data.TrainingSteps(phases[0][0], batch_size=24, world=phases[0][1], late=(3, *phases[1]))
+    early, late = (data.TrainingSteps(mixture, batch_size=24, world=world) for mixture, world in phases)
+    assert same(both[2], early[2]) and same(both[3], late[3]) and not same(early[3], late[3])
 
 
 @pytest.mark.parametrize("batch_size, n_ranks", [(24, 2), (25, 3), (8, 8)])
@@ -831,28 +840,27 @@ def test_the_ranks_share_a_step(batch_size, n_ranks):
     assert max(sizes) - min(sizes) <= 1
 
 
+@pytest.mark.parametrize("at_a_time", [1, 2, 8])
 @pytest.mark.parametrize("micro_tokens", [1, 700, 3000, 10 ** 6])
-def test_micro_batches_are_bounded(micro_tokens):
-    batches = data.TrainingSteps(MIXTURE, batch_size=40, micro_tokens=micro_tokens)[0]
-    assert all(x.size <= micro_tokens or len(rows_of([(x, y)])) == 1 for x, y in batches)
+def test_micro_batches_are_bounded_and_as_many_as_the_cores_can_share(micro_tokens, at_a_time):
+    batches = data.TrainingSteps(MIXTURE, batch_size=40, micro_tokens=micro_tokens, at_a_time=at_a_time)[0]
+    for x, y, blocks in batches:
+        assert x.size < micro_tokens + max(T for _, T in blocks) + 64
     assert rows_of(batches) == rows_of(data.TrainingSteps(MIXTURE, batch_size=40)[0])
+    if micro_tokens > 1:
+        assert len(batches) % at_a_time == 0
+        sizes = [x.size for x, *_ in batches]
+        assert max(sizes) - min(sizes) < 2 * max(T for *_, blocks in batches for _, T in blocks)  # so that no core waits long
 
 
 def test_micro_batches_are_filled_well():
-    """Rows of like length come together, and about as many as fit."""
+    """Rows of like length come together, with little padding."""
     batches = data.TrainingSteps(MIXTURE, batch_size=300, micro_tokens=4096)[0]
     real = [rows_of([batch]) for batch in batches]
-    assert sum(x.size for x, _ in batches) < 1.15 * sum(len(ids) for some in real for ids in some)
+    assert sum(x.size for x, *_ in batches) < 1.1 * sum(len(ids) for some in real for ids in some)
+    assert len(batches) == -(-sum(x.size for x, *_ in batches) // 4096)
     for some, following in zip(real, real[1:]):
-        shortest = min(map(len, following))
-        assert max(map(len, some)) <= shortest
-        assert (len(some) + 1) * shortest > 0.7 * 4096  # there was little room left for the row that came next
-
-
-def unpacked(x, y, cu_seqlens):
-    """The sequences of a packed micro-batch that are not padding, each as (x, y) with one row, as `pad` has them."""
-    bounds = zip(cu_seqlens, cu_seqlens[1:])
-    return [(x[:, a:b], y[:, a:b]) for a, b in bounds if (y[:, a:b] != -100).any()]
+        assert max(map(len, some)) <= min(map(len, following))
 
 
 @pytest.mark.parametrize("loss", ["all", "solution"])
@@ -861,11 +869,10 @@ def test_packed_micro_batches_hold_the_same_rows_in_few_shapes(micro_tokens, los
     steps, shapes = data.TrainingSteps(MIXTURE, batch_size=150, loss=loss, micro_tokens=micro_tokens, packed=True), set()
     for s in range(3):
         batches = steps[s]
-        rows = [row for x, y, cu_seqlens, _ in batches for row in unpacked(x, y, cu_seqlens)]
-        assert len(rows) == 150
-        assert rows_of(rows) == rows_of(data.TrainingSteps(MIXTURE, batch_size=150)[s])
+        assert len(rows_of(batches)) == 150
+        assert rows_of(batches) == rows_of(data.TrainingSteps(MIXTURE, batch_size=150)[s])
         apart = data.TrainingSteps(MIXTURE, batch_size=150, loss=loss)[s]
-        assert sum((y != -100).sum() for _, y, *_ in batches) == sum((y != -100).sum() for _, y in apart)
+        assert sum((y != -100).sum() for _, y, *_ in batches) == sum((y != -100).sum() for _, y, _ in apart)
         for x, y, cu_seqlens, max_seqlen in batches:
             assert x.shape == y.shape == (1, x.size) and cu_seqlens.dtype == np.int32
             assert cu_seqlens[0] == 0 and cu_seqlens[-1] == x.size  # every token is of a sequence, padding too
@@ -923,7 +930,7 @@ def test_steps_work_with_a_data_loader():
     loader = pytest.importorskip("torch").utils.data.DataLoader
     steps = data.TrainingSteps(MIXTURE, batch_size=8)
     for s, batches in zip(range(3, 5), loader(steps, batch_size=None, sampler=range(3, 5))):
-        assert same([(x.numpy(), y.numpy()) for x, y in batches], steps[s])
+        assert same([(x.numpy(), y.numpy(), blocks) for x, y, blocks in batches], steps[s])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

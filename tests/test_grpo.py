@@ -17,7 +17,7 @@ import torch
 import data
 import grpo as G
 from conftest import (BROKEN, ROOT, assert_compiled_where_there_is_bfloat16, assert_refused, checkpoint_with,
-                      checkpoint_without, end_with_workers, is_finite, metrics, put, run, same)
+                      checkpoint_without, end_with_workers, is_finite, metrics, pad, put, run, same)
 from grpo import group_advantages, grpo_loss, misjudged
 from model import Config, Transformer, build_model, load_checkpoint, sample, save_checkpoint
 from verify import reward, verify
@@ -55,7 +55,7 @@ def init(tmp_path_factory):
     model = Transformer(Config(1, 32, 2, 1, 64, rope_theta=1e4, init_std=0.2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     rows = [problem(i) for i in range(8)] + [problem(i, mix, "eval") for mix in ("zoo:2", "zoo:3") for i in (0, 1)]
-    x, y = map(torch.from_numpy, data.pad([data.encode_row(ENC, row) for row in rows], loss="solution"))
+    x, y = map(torch.from_numpy, pad([data.encode_row(ENC, row) for row in rows], loss="solution"))
     loss = torch.tensor(math.inf)
     while loss > 0.07:  # after about 35 steps
         loss = model.loss(x, y, reduction="mean")
@@ -259,7 +259,7 @@ def test_logprobs_and_entropy_by_hand(temperature):
 
 def solution_tokens(pairs):
     """As a step of grpo.py has it, from [(ids, n_prompt)]: x, the positions and the targets."""
-    x, y = data.pad(pairs, loss="solution")
+    x, y = pad(pairs, loss="solution")
     where = np.flatnonzero(y != data.IGNORE)
     return [torch.from_numpy(a) for a in (x, where, y.flatten()[where])]
 
@@ -428,7 +428,7 @@ def assert_close_weights(a, b, lr=SETTINGS["lr"]):
 def traced(tmp_path_factory, init):
     """A run of two steps of five problems, with what it sampled and what it trained on."""
     folder = tmp_path_factory.mktemp("traced")
-    result = grpo(folder, init, *TRACED, "--prompts", 5, "--eval-problems", 2, record=["model.sample", "data.pad"])
+    result = grpo(folder, init, *TRACED, "--prompts", 5, "--eval-problems", 2, record=["model.sample", "data.in_blocks"])
     assert result.code == 0, result
     return folder, result.calls[0]
 
@@ -455,13 +455,13 @@ def test_rollouts_are_scored_as_by_forward(traced, groups):
 
 
 def rollout_batches(calls):
-    """The rows of each micro-batch; what else is padded are gold solutions, without log-probabilities and advantages."""
-    return [arguments["rows"] for arguments, _ in calls["data.pad"] if len(arguments["rows"][0]) == 4]
+    """The rows of each micro-batch; what else is laid out are gold solutions, without log-probabilities and advantages."""
+    return [arguments["rows"] for arguments, _ in calls["data.in_blocks"] if len(arguments["rows"][0]) == 4]
 
 
 def test_an_update_trains_on_its_prompts_and_each_solution_once(traced, groups):
     batches = [[(ids, n_prompt) for ids, n_prompt, *_ in rows] for rows in rollout_batches(traced[1])]
-    assert len(batches) > 4 and all(arguments["loss"] == "solution" for arguments, _ in traced[1]["data.pad"])
+    assert len(batches) > 4 and all(arguments["loss"] == "solution" for arguments, _ in traced[1]["data.in_blocks"])
     trained = [row for batch in batches for row in batch]
     for of_step in groups:
         for part in (of_step[:2], of_step[2:]):
@@ -535,7 +535,7 @@ def test_a_step_makes_what_was_rewarded_more_likely(traced, groups):
 
 @pytest.mark.parametrize("micro_tokens", [1, 100_000])
 def test_micro_batches_of_a_run_change_nothing(tmp_path, traced, init, micro_tokens):
-    result = grpo(tmp_path, init, *TRACED, "--prompts", 5, "--micro-tokens", micro_tokens, record=["data.pad"])
+    result = grpo(tmp_path, init, *TRACED, "--prompts", 5, "--micro-tokens", micro_tokens, record=["data.in_blocks"])
     assert result.code == 0, result
     sizes = [len(rows) for rows in rollout_batches(result.calls[0])]
     assert sizes == ([1] * 40 if micro_tokens == 1 else [8, 12, 8, 12])
@@ -550,9 +550,9 @@ def assert_same_steps(folder, expected):
 
 
 def test_packed_and_compiled_updates_change_nothing(tmp_path, traced, init):
-    result = grpo(tmp_path, init, *TRACED, "--prompts", 5, "--compile", "--micro-tokens", 2048, record=["data.pack", "data.pad"])
+    result = grpo(tmp_path, init, *TRACED, "--prompts", 5, "--compile", "--micro-tokens", 2048, record=["data.pack", "data.in_blocks"])
     assert result.code == 0, result
-    assert len(result.calls[0]["data.pack"]) >= 4 and not result.calls[0]["data.pad"]
+    assert len(result.calls[0]["data.pack"]) >= 4 and not result.calls[0]["data.in_blocks"]
     assert_same_steps(tmp_path, traced[0])
 
 
@@ -561,7 +561,7 @@ def test_without_kl_groups_of_equal_rewards_are_left_out(tmp_path, init):
     rows = {}
     for kl in ("0", "1e-9"):
         result = grpo(tmp_path, init, *TRACED, "--steps", 1, "--warmup", 0, "--updates", 1, "--kl", kl, "--prompts", 12,
-                      "--rollouts", 2, "--reward", "outcome", record=["data.pad"])
+                      "--rollouts", 2, "--reward", "outcome", record=["data.in_blocks"])
         assert result.code == 0, result
         rows[kl] = metrics(tmp_path / "a.jsonl")[0] | {"rows": sum(map(len, rollout_batches(result.calls[0])))}
     assert rows["1e-9"]["rows"] == 24 and rows["0"]["rows"] == 24 * rows["0"]["groups"]["2"]["gradient"] < 24

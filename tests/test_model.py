@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import model as M
@@ -226,6 +227,99 @@ def test_packed_sequences_are_computed_as_if_apart():
     expected = [model.logprobs(row, torch.tensor([t]), targets[0, [t]], 0.7)
                 for (row, targets), t in ((apart[1], 2), (apart[3], 2), (apart[4], 1))]
     torch.testing.assert_close((logprobs, entropy), tuple(torch.cat(values) for values in zip(*expected)), rtol=0, atol=1e-5)
+
+
+def test_sequences_in_blocks_are_computed_as_if_apart():
+    """Their log-probabilities and gradients, padding between them or not."""
+    model, rows = make_model(), [(random_ids(n + 1, seed=n).tolist(), 1) for n in (3, 15, 16, 17, 30, 32, 64)]
+    x, y, blocks = data.in_blocks(rows)
+    assert blocks == [(3, 16), (3, 32), (1, 64), (1, 48)]
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    apart = [(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])) for ids, _ in rows]
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in
+                 (model.loss(x, y, blocks), sum(model.loss(*row) for row in apart))]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+    where = (y[0] != -100).nonzero()[:, 0]
+    logprobs, _ = model.logprobs(x, where, y[0, where], 0.7, blocks)
+    expected = [model.logprobs(row, torch.arange(row.shape[1]), targets[0], 0.7)[0] for row, targets in apart]
+    torch.testing.assert_close(logprobs, torch.cat(expected), rtol=0, atol=1e-5)
+
+
+def test_gradients_side_by_side_are_those_of_the_plain_loop():
+    """Up to rounding, and bit for bit those of another time with as many threads."""
+    rows = [(random_ids(n + 1, seed=n).tolist(), 1) for n in range(5, 45)]
+    batches = [[torch.as_tensor(a) for a in arrays[:2]] + [arrays[2]] for _, arrays in data.micro_batches(rows, 200)]
+    counts, precision = torch.tensor([sum(int((y != -100).sum()) for _, y, _ in batches), 1]), torch.autocast("cpu", enabled=False)
+    model, threads, found = make_model(), torch.get_num_threads(), []
+    loss = sum(model.loss(*batch) for batch in batches) / counts[0]
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    try:
+        for n in (1, 2, 2, 3, 3):
+            torch.set_num_threads(n)
+            model.zero_grad()
+            its_loss, _ = M.accumulate(model, batches, counts, "cpu", precision)
+            assert torch.get_num_threads() == n
+            found.append([its_loss] + [p.grad for p in model.parameters()])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for i in (1, 3) for a, b in zip(found[i], found[i + 1]))
+    for its in found:
+        torch.testing.assert_close(its, [loss.detach(), *expected], rtol=1e-4, atol=1e-5)
+
+
+def test_an_error_in_a_thread_ends_the_step():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ZeroDivisionError):
+            M.add_gradients(make_model(), lambda batch: 1 / 0, [0, 1, 2], "cpu", torch.autocast("cpu", enabled=False))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 32), (2, 16, 40), (2, 40, 16)])
+def test_muon_makes_matrices_nearly_orthogonal(shape):
+    X = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = M.orthogonal(X, torch.float32)
+    u, _, v = torch.linalg.svd(X, full_matrices=False)
+    values = torch.diagonal(u.mT @ found @ v.mT, dim1=-2, dim2=-1)
+    assert found.shape == X.shape and 0.5 < values.min() and values.max() < 1.3   # the same singular vectors, other values
+    torch.testing.assert_close(u @ torch.diag_embed(values) @ v, found, rtol=0, atol=1e-3)
+
+
+def test_muon_steps_as_torch_does():
+    """torch.optim.Muon always computes in bfloat16; so does ours here."""
+    ours, theirs = make_model(), make_model()
+    matrices = [[p for p in m.layers.parameters() if p.ndim == 2] for m in (ours, theirs)]
+    optimizers = [M.Muon(matrices[0], 0.02, 0.1, 0.8), torch.optim.Muon(matrices[1], lr=0.02, weight_decay=0.1, momentum=0.8,
+                                                                         adjust_lr_fn="match_rms_adamw")]
+    for step in range(3):
+        for p, q in zip(*matrices):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            q.grad = p.grad.clone()
+        [optimizer.step() for optimizer in optimizers]
+    for p, q, start in zip(*matrices, [p for p in make_model().layers.parameters() if p.ndim == 2]):
+        assert (p - q).norm() < 0.02 * (p - start).norm()  # bfloat16 has steps of 0.004
+
+
+def test_muon_has_the_precision_of_the_model():
+    products = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            products.extend(a.dtype for a in args if "mm" in str(function) and isinstance(a, torch.Tensor))
+            return function(*args, **(kwargs or {}))
+
+    for precision in torch.float32, torch.bfloat16:
+        model = make_model()
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        _, muon = M.make_optimizers(model, 1e-3, 0.1, 0.8, precision)
+        with Watch():
+            muon.step()
+        assert set(products) == {precision}
+        products.clear()
 
 
 def test_packed_sequences_do_not_see_each_other_nor_the_padding():
