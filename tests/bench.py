@@ -2,7 +2,8 @@
 Benchmarks: ratios, measured side by side in one run, since machines and their moods differ.
 
     python tests/bench.py                 all (a few minutes on two cores)
-    python tests/bench.py data verify     only these: data, verify, train, sample, grpo,
+    python tests/bench.py data verify     only these: data, verify, train, sample, grpo, cores,
+                                          avx2 (an older CPU), busy (beside other processes),
                                           cost (of the whole recipe, with grpo)
     python tests/bench.py profile         what the time of training and of sampling goes to
 
@@ -87,6 +88,88 @@ def bench_verify():
         AUTHORS_REWARDS_PER_S)
 
 
+def plain_batches(rows, micro_tokens):
+    """(ids, n_prompt) -> [(x, y)] as one would first write it: rows of like length, padded, of at most micro_tokens tokens."""
+    batches = []
+    for row in sorted(rows, key=lambda row: len(row[0])):
+        if not batches or (len(batches[-1]) + 1) * len(row[0]) > micro_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    pad = torch.nn.utils.rnn.pad_sequence
+    return [(pad([torch.tensor(ids[:-1]) for ids, _ in rows], True),
+             pad([torch.tensor(ids[1:]) for ids, _ in rows], True, padding_value=-100)) for rows in batches]
+
+
+def training_step(optimizer="muon", dtype=torch.bfloat16, plain=False):
+    """A function that trains for 8 steps on op 2-5 as pretrain.py does and the number of tokens in them, without padding. plain:
+    padded rows, several threads for each pass, and torch.optim.Muon instead."""
+    torch.manual_seed(0)
+    model, settings = ours.Transformer(CONFIG).to(DEVICE), dict(lr=1e-3, weight_decay=0.1)
+    optimizers = ours.make_optimizers(model, muon_momentum=0.8 if optimizer == "muon" else None, precision=dtype, **settings)
+    steps = data.TrainingSteps(data.parse_mixture("2-5"), 64, micro_tokens=3072, at_a_time=ours.n_at_a_time(DEVICE))
+    batches = list(ours.step_batches(steps, 0, 8, 0, DEVICE))
+    precision = torch.autocast(DEVICE, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    if plain:
+        optimizers[1:] = [torch.optim.Muon(optimizers[1].param_groups[0]["params"], momentum=0.8, adjust_lr_fn="match_rms_adamw",
+                                           **settings)]
+        rows = [[data.encode_row(steps.enc, data.make_row(i, steps.early[0])) for i in range(64 * s, 64 * s + 64)] for s in range(8)]
+        batches = [(plain_batches(of_step, 1536), counts) for of_step, (_, counts) in zip(rows, batches)]
+
+    def run():
+        for micro_batches, counts in batches:
+            if plain:
+                for batch in micro_batches:
+                    with precision:
+                        loss = model.loss(*batch) / counts[0]
+                    loss.backward()
+            else:
+                ours.accumulate(model, micro_batches, counts, DEVICE, precision)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+            model.zero_grad(set_to_none=True)
+    return run, sum(int(counts[1]) for _, counts in batches)
+
+
+def in_turns(*runs, count=1, rounds=4):
+    """The best rate of each function, run in turns, so that a slow moment of the machine meets all."""
+    [run() for run in runs]  # warm up
+    best = [0.0] * len(runs)
+    for _ in range(rounds):
+        best = [max(was, rate(run, count, 1)) for was, run in zip(best, runs)]
+    return best
+
+
+def bench_cores():
+    (mine, tokens), (plain, _) = training_step(), training_step(plain=True)
+    row("training tokens/s, all cores", *in_turns(mine, plain, count=tokens), "theirs: padded rows, threads for each, torch's Muon")
+
+
+def bench_avx2():
+    """A training step with Muon against one with AdamW on a CPU without instructions for bfloat16, as most laptops are."""
+    limited = dict(ONEDNN_MAX_CPU_ISA="AVX2", ATEN_CPU_CAPABILITY="avx2")
+    if any(os.environ.get(name) != value for name, value in limited.items()):
+        subprocess.run([sys.executable, __file__, "avx2"], env=os.environ | limited)  # read when torch starts
+        return
+    (muon, tokens), (adamw, _) = (training_step(name, torch.float32) for name in ("muon", "adamw"))
+    row("training tokens/s with Muon, AVX2 only", *in_turns(muon, adamw, count=tokens), "theirs: with AdamW")
+
+
+def bench_busy():
+    """evaluate.py beside as many busy processes as there are cores: with all its threads, and with one."""
+    loop = [sys.executable, "-c", "while True: pass"]
+    busy = [subprocess.Popen(loop) for _ in range(len(os.sched_getaffinity(0)))]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            untrained(folder, "pretrain")
+            command = [sys.executable, root / "evaluate.py", *"init.pt --ops 2-10 --problems 20 --n 8 --k 1 --json a.json".split()]
+            runs = [lambda env=env: subprocess.run(command, cwd=folder, env=os.environ | env, stdout=subprocess.DEVNULL, check=True)
+                    for env in ({}, dict(OMP_NUM_THREADS="1"))]
+            row("evaluations an hour, beside busy processes", *in_turns(*runs, count=3600, rounds=2), "theirs: one thread")
+    finally:
+        [process.kill() for process in busy]
+
+
 def hf_model(model):
     try:
         from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -99,52 +182,55 @@ def hf_model(model):
     return hf
 
 
-def train_steps(model, steps, loss_of):
+def training_steps(ops):
+    """Four steps as the presets have them, few problems for a CPU and more for a GPU: ours, from `step_batches`; theirs, padded rows
+    of like length. And how many tokens and problems there are in them."""
+    few = dict(batch_size=64, micro_tokens=3072) if DEVICE == "cpu" else dict(batch_size=1152, micro_tokens=32768)
+    steps = data.TrainingSteps(data.parse_mixture(ops), packed=DEVICE == "cuda", at_a_time=ours.n_at_a_time(DEVICE), **few)
+    mine = list(ours.step_batches(steps, 0, 4, 0, DEVICE))
+    n = few["batch_size"]
+    rows = [[data.encode_row(steps.enc, data.make_row(i, steps.early[0])) for i in range(n * s, n * s + n)] for s in range(4)]
+    theirs = [[[a.to(DEVICE) for a in batch] for batch in plain_batches(of_step, few["micro_tokens"])] for of_step in rows]
+    return mine, theirs, sum(int(counts[1]) for _, counts in mine), 4 * n
+
+
+def train(model, steps, gradients):
+    """A function that trains on these steps. gradients(step): adds up the gradient of one."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def run():
-        for batches in steps:
-            for batch in batches:
-                with torch.autocast(**PRECISION):
-                    loss = loss_of(model, *batch) / len(batches)
-                loss.backward()
+        for step in steps:
+            gradients(step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
     run()  # warm up
     return run
 
 
-def training_batches(ops):
-    """As the presets have them: a few problems for a CPU, more for a GPU, where ours are packed and Hugging Face's are rows of like
-    length. -> [micro-batches of a step] for ours, the same for theirs, how many tokens without padding, how many problems."""
-    few = dict(batch_size=64, micro_tokens=2048) if DEVICE == "cpu" else dict(batch_size=1152, micro_tokens=32768)
-    mixture, batches = data.parse_mixture(ops), []
-    for packed in (DEVICE == "cuda", False):
-        steps = [data.TrainingSteps(mixture, packed=packed, **few)[s] for s in range(4)]
-        tokens = sum(int((x != 0).sum()) for step in steps for x, *_ in step)
-        batches.append([[[a if isinstance(a, int) else torch.from_numpy(a).to(DEVICE) for a in batch] for batch in step]
-                        for step in steps])
-    return *batches, tokens, 4 * few["batch_size"]
-
-
-def our_training(model, batches):
-    """A function that trains on these micro-batches, as pretrain.py does."""
+def our_training(model, steps):
+    """As pretrain.py trains."""
     if DEVICE == "cuda":
-        torch._dynamo.config.recompile_limit = 64
-        for layer in model.layers:
-            layer.compile(dynamic=False)
-    return train_steps(model, batches, lambda m, *batch: m.loss(*batch, reduction="mean"))
+        ours.compile_layers(model)
+    return train(model, steps, lambda step: ours.accumulate(model, *step, DEVICE, torch.autocast(**PRECISION)))
+
+
+def hf_training(model, steps):
+    def gradients(step):
+        for x, y in step:
+            with torch.autocast(**PRECISION):
+                loss = torch.nn.functional.cross_entropy(model(input_ids=x).logits.flatten(0, 1).float(), y.flatten()) / len(step)
+            loss.backward()
+    return train(model, steps, gradients)
 
 
 def bench_train():
     torch.manual_seed(0)
     for ops in ("2-4", "2-10"):
         model = ours.Transformer(CONFIG).to(DEVICE)
-        batches, hf_batches, tokens, problems = training_batches(ops)
+        steps, hf_steps, tokens, problems = training_steps(ops)
         hf = hf_model(model)
-        run = our_training(model, batches)
-        hf_run = hf and train_steps(hf, hf_batches, lambda m, x, y: torch.nn.functional.cross_entropy(
-            m(input_ids=x).logits.flatten(0, 1).float(), y.flatten()))
+        run = our_training(model, steps)
+        hf_run = hf and hf_training(hf, hf_steps)
         mine, theirs = 0.0, 0.0
         for _ in range(3):  # in turns, so that a slow moment of the machine meets both
             if DEVICE == "cuda":
@@ -211,7 +297,7 @@ def bench_profile():
     torch.manual_seed(0)
     model = ours.Transformer(CONFIG).to(DEVICE)
     profiled("sampling, op 2-10", our_sampling(model, *((64, 8) if DEVICE == "cpu" else (512, 6)), 64)[0])
-    profiled("training, op 2-10", our_training(model, training_batches("2-10")[0]))
+    profiled("training, op 2-10", our_training(model, training_steps("2-10")[0]))
 
 
 def profiled(what, run):
@@ -286,9 +372,10 @@ def bench_cost():
 
 
 if __name__ == "__main__":
-    names = sys.argv[1:] or ["data", "verify", "train", "sample", "cost"]
+    names = sys.argv[1:] or ["data", "verify", "train", "sample", "cost"] + ["cores", "avx2", "busy"] * (DEVICE == "cpu")
     if not all(f"bench_{name}" in globals() for name in names):
         sys.exit(__doc__)
+    torch.set_float32_matmul_precision("high")  # as the stages do
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
           f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else os.uname().machine + ' CPU'}, model {CONFIG}\n")
     print(f"{'':<44}{'ours':>12}{'theirs':>12}{'ratio':>10}")
