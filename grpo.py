@@ -9,7 +9,7 @@ Stage 3, reinforcement learning: GRPO (arXiv 2402.03300) from a checkpoint, with
     python grpo.py --budget 5e6 --rl-share 0.2          20 % of a budget in training tokens; midtrain.py takes the rest
     python grpo.py --curriculum                         prefer ops that have groups with a gradient
     python grpo.py --resume                             continue where it stopped
-    torchrun --nproc_per_node=8 grpo.py ...             on several GPUs, or with 2 on two cores
+    torchrun --nproc_per_node=8 grpo.py ...             on several GPUs (a CPU's cores all work anyway)
 
 op, the difficulty of a problem, is the number of Define steps of its solution plus that of the operators between letters.
 

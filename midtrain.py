@@ -6,7 +6,7 @@ Stage 2, mid-training: next-token prediction goes on from a checkpoint, on probl
     python midtrain.py --ops 11-14 --id-share 0.2       the same, said in full, after pre-training on op 2-10
     python midtrain.py --budget 5e6 --rl-share 0.2      80 % of a budget in training tokens; grpo.py takes the rest
     python midtrain.py --resume                         continue where it stopped
-    torchrun --nproc_per_node=8 midtrain.py ...         on several GPUs, or with 2 on two cores
+    torchrun --nproc_per_node=8 midtrain.py ...         on several GPUs (a CPU's cores all work anyway)
 
 `diff pretrain.py midtrain.py` shows what mid-training is. Writes a checkpoint to --out and metrics, one JSON row every few
 steps, beside it (out/midtrain.jsonl). Ctrl-C saves.

@@ -5,7 +5,7 @@ Stage 1, pre-training: next-token prediction from scratch on synthetic reasoning
     python pretrain.py --ops 2-10                       the paper's range of op
     python pretrain.py --preset 100m                    the paper's model and recipe (the default with CUDA)
     python pretrain.py --resume                         continue where it stopped
-    torchrun --nproc_per_node=8 pretrain.py ...         on several GPUs, or with 2 on two cores
+    torchrun --nproc_per_node=8 pretrain.py ...         on several GPUs (a CPU's cores all work anyway)
 
 op, the difficulty of a problem, is the number of Define steps of its solution plus that of the operators between letters.
 Writes a checkpoint to --out and metrics, one JSON row every few steps, beside it (out/pretrain.jsonl). Ctrl-C saves.
