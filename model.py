@@ -827,7 +827,7 @@ def any_rank(flag, device):
 
 # Training
 
-def make_optimizers(model, lr, weight_decay, muon_momentum=None):
+def make_optimizers(model, lr, weight_decay, muon_momentum=None, betas=(0.9, 0.95)):
     """[AdamW] for all parameters or, with muon_momentum, [AdamW, Muon]: Muon for the matrices of the layers.
 
     Biases and the weights of norms have no weight decay. Muon's steps are scaled so that one learning rate and weight decay suit
@@ -836,7 +836,7 @@ def make_optimizers(model, lr, weight_decay, muon_momentum=None):
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     decay = [model.embed_tokens.weight] + (matrices if muon_momentum is None else [])
     no_decay = [p for p in model.parameters() if p.ndim < 2]
-    optimizers = [torch.optim.AdamW([dict(params=decay), dict(params=no_decay, weight_decay=0.0)], lr=lr, betas=(0.9, 0.95),
+    optimizers = [torch.optim.AdamW([dict(params=decay), dict(params=no_decay, weight_decay=0.0)], lr=lr, betas=betas,
                                     weight_decay=weight_decay, fused=True)]
     if muon_momentum is not None:
         optimizers.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=muon_momentum,
