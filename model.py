@@ -1052,6 +1052,7 @@ def lock(path):
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.register_at_fork(after_in_child=lambda: os.close(file))  # workers may outlive a killed run for a moment
     except BlockingIOError:
         return False
     except (ImportError, OSError):  # Windows and some network drives have no such locks
