@@ -36,6 +36,7 @@ import os
 import random
 import re
 import sys
+import time
 from bisect import bisect
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -893,8 +894,14 @@ def write_rows(rows, n, path):
     part = f"{os.path.realpath(path)}.{os.getpid()}.part"  # renamed at the end, so the file is always complete
     try:
         with open(part, "w", encoding="utf-8") as f:
-            for row in tqdm(rows, total=n, unit=" problems", disable=None):
+            bar = tqdm(rows, total=n, unit=" problems", disable=None)
+            began = said = time.perf_counter()
+            for done, row in enumerate(bar, 1):
                 f.write(json.dumps(row, ensure_ascii=False) + "\n")
+                if bar.disable and time.perf_counter() - said > 30:  # where there is no terminal, a line every half minute
+                    said = time.perf_counter()
+                    left = (said - began) * (n - done) / done
+                    print(f"{100 * done / n:3.0f} %, about {left / 60:.1f} minutes left", file=sys.stderr, flush=True)
         os.replace(part, os.path.realpath(path))
     finally:
         if os.path.exists(part):

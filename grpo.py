@@ -3,8 +3,8 @@ Stage 3, reinforcement learning: GRPO (arXiv 2402.03300) from a checkpoint, with
 
     python grpo.py                                      from out/midtrain.pt, on OOD-edge (op 11-14 after 2-10) and, with
                                                         the preset tiny, 20 % from the range of pre-training
-    python grpo.py --init out/pretrain.pt --ops edge    without mid-training, on the ops that are hard for it but not impossible:
-                                                        first python evaluate.py out/pretrain.pt, which measures them
+    python grpo.py --init out/pretrain.pt --ops edge    without mid-training, on ops that are hard but not impossible for it;
+                                                        python evaluate.py out/pretrain.pt finds them first
     python grpo.py --reward outcome                     the answer alone earns the reward (--help lists the others)
     python grpo.py --budget 5e6 --rl-share 0.2          20 % of a budget in training tokens; midtrain.py takes the rest
     python grpo.py --curriculum                         prefer ops that have groups with a gradient
@@ -25,8 +25,8 @@ each time on a part of the prompts, towards larger
 
 The reward r_i, 0 to 1, is what --reward says: outcome, whether the answer is right; process, the share of right steps; mixed,
 alpha * outcome + (1 - alpha) * process; strict, whether answer and whole solution are right. --reward-noise inverts the judgement
-of the reasoning in some solutions (not that of the answer). --curriculum draws each op in proportion to the share of its groups
-that had a gradient lately (unequal rewards); without --ops, from all ops up to OOD-hard.
+of the reasoning, not that of the answer, in some solutions. A group has a gradient if its rewards differ. --curriculum draws an
+op in proportion to the share of its groups that had one lately; without --ops, from all ops up to OOD-hard.
 
 Every token of an update weighs the same, as in DAPO (arXiv 2503.14476); the GRPO paper averages over each solution first.
 Writes a checkpoint to --out and metrics, one JSON row a step, beside it (out/grpo.jsonl). Ctrl-C saves. Below: the formula, the
@@ -71,9 +71,9 @@ def group_advantages(rewards, scale="std"):
 def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, n_tokens, clip_ratio=0.2, kl_coef=1e-3):
     """-J of the formula above, for the tokens of one micro-batch.
 
-    logprobs, old_logprobs, ref_logprobs, advantages: (M,), one value for each of its M tokens of solutions; a token has the
-    advantage of its solution. ref_logprobs may be None if kl_coef is 0. n_tokens: N. clip_ratio: eps. kl_coef: beta. The value of
-    k3 estimates KL(pi, pi_ref); its gradient, in the mean over samples of pi, is that of KL(pi_ref, pi).
+    logprobs, old_logprobs, ref_logprobs, advantages: (M,), a value a token; a token has the advantage of its solution.
+    ref_logprobs may be None if kl_coef is 0. n_tokens: N. clip_ratio: eps. kl_coef: beta. In the mean over samples of pi, k3 is
+    KL(pi, pi_ref), but its gradient is that of KL(pi_ref, pi).
     Returns the loss and, for the log, a dict of sums over the tokens: kl, approx_kl (k3 of pi_old against pi), clipped.
     """
     logratio = logprobs - old_logprobs
@@ -108,6 +108,17 @@ class Rollout(NamedTuple):
     advantage: torch.Tensor      # ()
 
 
+def solution_limit(mixture, id_ops, world):
+    """Tokens after which a solution is cut off, as in evaluate.py: half as many again as the longest right one has, and 16.
+
+    That is the longest of 200 problems with the largest op, in the mixture or held out. Smaller ops have shorter solutions.
+    """
+    ops = [op for (_, op), weight in zip(mixture.cells, mixture.weights) if weight > 0]
+    hardest = data.parse_mixture(str(max(*ops, data.op_groups(id_ops)["OOD-edge"][1])))
+    rows = [data.encode_row(data.tokenizer(), data.make_row(i, hardest, SEED, "train", world)) for i in range(200)]
+    return max(len(ids) - n_prompt for ids, n_prompt in rows) * 3 // 2 + 16
+
+
 def draw_problems(first, count, mixture, split, seed, world):
     """This rank's part of problems first ... first + count - 1."""
     return [data.make_row(i, mixture, SEED + seed, split, world) for i in range(first + rank(), first + count, n_ranks())]
@@ -135,9 +146,9 @@ def give_rewards(verdicts, step, args):
 def update(model, reference, optimizer, rollouts, args, device, precision, sums, fresh):
     """One optimizer step on all rollouts of some prompts. Returns the norm of the gradient.
 
-    Adds to `sums`: sums over the tokens that it trains on, and the mean loss of the updates. fresh: this is the first update of a
-    step, so pi equals pi_old, and the log-probabilities of the sampling engine and of `forward` should agree; `mismatch` is
-    their mean absolute difference.
+    Adds to `sums`: sums over the tokens that it trains on, and the mean loss of the updates. fresh: it is the first update of a
+    step, where pi is pi_old. So approx_kl and clipped would be rounding, and are left out. `mismatch` measures this rounding:
+    the mean difference of log-probabilities between the sampling engine and `forward`.
     """
     n_tokens = sum_over_ranks(torch.tensor(float(sum(len(r.old_logprobs) for r in rollouts)), device=device))
     if not args.kl:  # without KL, advantage 0 is gradient 0, so skip these; they still count in N
@@ -156,7 +167,8 @@ def update(model, reference, optimizer, rollouts, args, device, precision, sums,
         loss, token_sums = grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, n_tokens, args.clip_ratio, args.kl)
         token_sums |= dict(loss=loss.detach() / args.updates, entropy=entropy.sum(), tokens=len(where))
         if fresh:
-            token_sums |= dict(mismatch=(logprobs.detach() - old_logprobs).abs().sum(), fresh_tokens=len(where))
+            mismatch = (logprobs.detach() - old_logprobs).abs().sum()
+            token_sums |= dict(approx_kl=0, clipped=0, mismatch=mismatch, fresh_tokens=len(where))
         return loss, token_sums
 
     micro_batches = data.micro_batches(rollouts, args.micro_tokens, "solution", args.compile, n_at_a_time(device))
@@ -194,7 +206,7 @@ def main():
 
     model.to(device).train()
     reference = copy.deepcopy(model).requires_grad_(False) if args.kl else None
-    optimizer, = make_optimizers(model, args.lr, args.weight_decay)
+    optimizer, = make_optimizers(model, args.lr, args.weight_decay, betas=args.betas)
     state = dict(step=0, tokens=0, seconds=0.0, held_out=None, learnable=[1.0] * len(ops))
     # with --resume, `model` has the trained weights already; open_run loads the counters of `state`, the optimizer and the
     # reference, which has the weights of --init
@@ -332,8 +344,8 @@ def describe(rows, rollouts, verdicts, rewards, args):
 
 
 def count_groups(records, n):
-    """{op: how many groups it has, and shares of them}, from records in groups of n. all_wrong: no solution deserves reward 1.
-    all_right: all do. mixed: some do. gradient: the rewards, with the noise, differ. reward: the mean."""
+    """For each op the number of its groups, shares of them and their mean reward, from records in groups of n. all_wrong: no
+    solution deserves reward 1. all_right: all do. mixed: some do. gradient: the rewards, with the noise, differ."""
     counts = {}
     for group in (records[j:j + n] for j in range(0, len(records), n)):
         rewards, right = [r["reward"] for r in group], [r["right"] for r in group]
@@ -346,16 +358,17 @@ def count_groups(records, n):
 
 
 def means(records, sums, grad_norms):
-    """Means over the rollouts of a step and over the tokens that its updates trained on (with --kl 0, those with a gradient)."""
+    """Means over the rollouts of a step and over the tokens that its updates trained on (with --kl 0, those with a gradient).
+    approx_kl and clip_frac: over those of the updates after the first; None if there are none."""
     def mean(name):
         return sum(r[name] for r in records) / len(records)
 
     sums = dict(zip(sums, sum_over_ranks(torch.stack(list(sums.values()))).tolist()))
-    n, n_fresh = sums["tokens"] or 1.0, sums["fresh_tokens"] or 1.0
+    n, n_fresh, n_later = sums["tokens"] or 1.0, sums["fresh_tokens"] or 1.0, sums["tokens"] - sums["fresh_tokens"]
     return {name: mean(name) for name in ("reward", "outcome", "process", "verified", "strict", "length", "truncated")} | dict(
         hacked=sum(r["outcome"] and not r["verified"] for r in records) / len(records), loss=sums["loss"], kl=sums["kl"] / n,
-        approx_kl=sums["approx_kl"] / n, clip_frac=sums["clipped"] / n, entropy=sums["entropy"] / n,
-        mismatch=sums["mismatch"] / n_fresh, grad_norm=sum(grad_norms) / len(grad_norms))
+        approx_kl=sums["approx_kl"] / n_later if n_later else None, clip_frac=sums["clipped"] / n_later if n_later else None,
+        entropy=sums["entropy"] / n, mismatch=sums["mismatch"] / n_fresh, grad_norm=sum(grad_norms) / len(grad_norms))
 
 
 def as_text(values):
@@ -363,7 +376,7 @@ def as_text(values):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# settings: a preset is what suits a size of model. Each can be changed on the command line
+# settings: a preset is what suits a size of model. Each but the betas can be changed on the command line
 
 SETTINGS = dict(  # name=(tiny, 100m). tiny: ten minutes on two CPU cores; 100m: arXiv 2512.07783
     id_share=(0.2, 0.0),      # tiny: without problems from the range of pre-training a small model soon forgets it
@@ -375,8 +388,8 @@ SETTINGS = dict(  # name=(tiny, 100m). tiny: ten minutes on two CPU cores; 100m:
     min_lr=(0.0, 1e-6),       # tiny: a constant 2e-4 raised OOD-edge by .03 instead of .08 (seed 0)
     warmup=(5, 0),
     weight_decay=(0.0, 0.01),
+    betas=((0.9, 0.95), (0.9, 0.999)),  # of AdamW
     kl=(0.0, 1e-3),           # without KL no reference is needed, and groups without a gradient cost nothing
-    max_new=(192, 1024),
     rows=(512, 3072),
     micro_tokens=(2048, 32_768),
     workers=(0, 8),
@@ -405,7 +418,7 @@ def arguments():
     g.add_argument("--rollouts", type=at_least(2), help="G, solutions a prompt: each is judged against the others of its group")
     g.add_argument("--updates", type=at_least(1), help="optimizer steps per rollout batch, each on its own part of the prompts")
     g.add_argument("--warmup", type=at_least(0), help="steps over which the learning rate rises")
-    g.add_argument("--max-new", type=at_least(1), help="tokens after which a solution is cut off")
+    g.add_argument("--max-new", type=at_least(1), help="tokens after which a solution is cut off (default: from the problems)")
     g.add_argument("--rows", type=at_least(1), help="solutions that are sampled at a time")
     g.add_argument("--eval-problems", type=at_least(1), help="held-out problems, for ID and for OOD-edge each")
     args = p.parse_args()
@@ -424,7 +437,8 @@ def arguments():
         args.mix = data.stage_mixture(init, PRESETS[args.preset]["id_share"], args.mix, args.ops, args.id_share).spec
         fill_from_preset(args, PRESETS[args.preset])
         take_world(args, init["recipe"], data.World())
-        data.World(args.distractors, args.max_parents, args.max_value)  # refuses what is not possible
+        world = data.World(args.distractors, args.max_parents, args.max_value)  # refuses what is not possible
+        args.max_new = args.max_new or solution_limit(data.parse_mixture(args.mix), init["id_ops"], world)
         if args.prompts % n_ranks() or args.updates > args.prompts // n_ranks():
             raise ValueError("--prompts must be a multiple of the number of ranks, and not too few for --updates on each rank")
         check_run_files(args, inputs=[args.init])

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -844,7 +845,7 @@ def any_rank(flag, device):
 
 # Training
 
-def make_optimizers(model, lr, weight_decay, muon_momentum=None, precision=torch.bfloat16):
+def make_optimizers(model, lr, weight_decay, muon_momentum=None, precision=torch.bfloat16, betas=(0.9, 0.95)):
     """[AdamW] for all parameters or, with muon_momentum, [AdamW, Muon]: Muon for the matrices of the layers.
 
     Biases and the weights of norms have no weight decay. Muon's steps are scaled so that one learning rate and weight decay suit
@@ -853,7 +854,7 @@ def make_optimizers(model, lr, weight_decay, muon_momentum=None, precision=torch
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     decay = [model.embed_tokens.weight] + (matrices if muon_momentum is None else [])
     no_decay = [p for p in model.parameters() if p.ndim < 2]
-    optimizers = [torch.optim.AdamW([dict(params=decay), dict(params=no_decay, weight_decay=0.0)], lr=lr, betas=(0.9, 0.95),
+    optimizers = [torch.optim.AdamW([dict(params=decay), dict(params=no_decay, weight_decay=0.0)], lr=lr, betas=betas,
                                     weight_decay=weight_decay, fused=True)]
     if muon_momentum is not None:
         optimizers.append(Muon(matrices, lr, weight_decay, muon_momentum, precision))
@@ -1136,35 +1137,52 @@ def open_run(parser, args, stage, state, **parts):
                 torch.set_rng_state(checkpoint["rng"])
             except Exception:  # a part is missing or is not what it should be
                 raise ValueError(f"{args.out} is not a whole checkpoint of {stage}: start afresh without --resume") from None
-        say(f"resumed {args.out} at step {state['step']}")
-    elif args.resume:
-        say(f"there is no {args.out} yet: starting at step 0")
+    if any(gather([rank() == 0 and not lock(args.metrics)])):
+        parser.error(f"another run is writing {args.metrics}: give this one another --out")
+    if args.resume:
+        say(f"resumed {args.out} at step {state['step']}" if state["step"] else
+            f"there is no {args.out} yet: starting at step 0")
     if rank() == 0:
         truncate_metrics(args.metrics, state["step"]) if state["step"] else set_aside(args.out, args.metrics)
     return recipe
 
 
-def set_aside(*paths):
-    """Rename files that a new run would overwrite to .old, or .old2, .old3, ... where there are such already."""
+def lock(path):
+    """Keep other processes from locking this file until this one ends, however it ends. False if one of them has it already."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # it stays open, since closing it would end the lock
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.register_at_fork(after_in_child=lambda: os.close(file))  # workers may outlive a killed run for a moment
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows and some network drives have no such locks
+        pass
+    return True
+
+
+def set_aside(checkpoint, metrics):
+    """Keep what a new run would overwrite as .old, or .old2, .old3, ... where there are such already. A link stays a link: its
+    target is set aside. The metrics are copied, because the file itself is locked."""
+    paths = [os.path.realpath(path) if os.path.islink(path) else path for path in (metrics, checkpoint)]
     suffixes = (".old" + (str(n) if n > 1 else "") for n in itertools.count(1))
     suffix = next(s for s in suffixes if not any(os.path.exists(path + s) for path in paths))
-    for path in filter(os.path.exists, paths):
-        os.replace(path, path + suffix)
-        say(f"{path} was there: it is {path}{suffix} now (--resume would have continued it; to go back, rename it)")
+    for path, keep in zip(paths, (shutil.copyfile, os.replace)):
+        if os.path.exists(path) and os.path.getsize(path):
+            keep(path, path + suffix)
+            say(f"{path} was there: it is {path}{suffix} now (--resume would have continued it; to go back, rename it)")
+    os.truncate(metrics, 0)
 
 
 def truncate_metrics(path, step):
-    """Leave only the rows up to `step` in a JSONL file. A killed run wrote some past its last checkpoint, perhaps a part of one,
-    and the resumed run writes them again."""
-    path, kept = os.path.realpath(path), []  # a link stays one
-    with open(path, "a+", encoding="utf-8", errors="replace") as f:
-        f.seek(0)
-        for row in f.read().splitlines():
+    """Cut a JSONL file off behind its last row up to `step`. A killed run wrote some past its last checkpoint, perhaps a part
+    of one, and the resumed run writes them again."""
+    with open(path, "rb+") as f:
+        end = 0
+        for line in f:
             with suppress(ValueError, KeyError, TypeError):
-                kept += [row + "\n"] if json.loads(row)["step"] <= step else []
-    with open(f"{path}.part", "w", encoding="utf-8") as f:
-        f.writelines(kept)
-    os.replace(f"{path}.part", path)
+                end = f.tell() if line.endswith(b"\n") and json.loads(line)["step"] <= step else end
+        f.truncate(end)
 
 
 def write_metrics(path, row):

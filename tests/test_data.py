@@ -16,6 +16,7 @@ import string
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -1104,6 +1105,13 @@ def test_out_follows_a_link(tmp_path):
     (tmp_path / "rows.jsonl").symlink_to("real.jsonl")
     assert run(tmp_path, "--n", 2, "--out", "rows.jsonl").returncode == 0
     assert (tmp_path / "rows.jsonl").is_symlink() and (tmp_path / "real.jsonl").read_text().count("\n") == 2
+
+
+def test_without_a_terminal_a_line_every_half_minute_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    clock = itertools.count(0, 20)  # a look at it takes twenty seconds
+    monkeypatch.setattr(data, "time", SimpleNamespace(perf_counter=lambda: next(clock)), raising=False)
+    data.write_rows([{}] * 4, 4, tmp_path / "rows.jsonl")
+    assert capsys.readouterr().err.splitlines() == [" 50 %, about 1.0 minutes left", "100 %, about 0.0 minutes left"]
 
 
 def test_out_touches_no_other_file(tmp_path):

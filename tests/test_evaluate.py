@@ -265,7 +265,9 @@ def evaluated(folder, *arguments, json_file="e.json"):
 
 
 def test_the_file_and_the_table(trained):
-    out, report = evaluated(trained, "a.pt", *SHORT, "--show", 9)
+    (trained / "link.json").symlink_to("far.json")
+    out, report = evaluated(trained, "a.pt", *SHORT, "--show", 9, json_file="link.json")
+    assert (trained / "link.json").is_symlink() and (trained / "far.json").is_file()
     assert report["settings"] == {"n": 4, "k": [1, 4], "problems": 2, "temperature": 1.0, "distractors": 2.0,
                                   "max_parents": 4, "max_value": 1000, "seed": 0,
                                   "context": "all", "data": None, "id_ops": [2, 4]}

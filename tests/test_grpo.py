@@ -380,7 +380,7 @@ def by_hand(init, steps):
                                    dict(params=vectors, weight_decay=0.0)], betas=(0.9, 0.95))
     numbers = []
     for step, ranks in enumerate(steps):
-        sums = dict(loss=0.0, kl=0.0, approx_kl=0.0, clip_frac=0.0, entropy=0.0, tokens=0, grad_norm=0.0)
+        sums = dict(loss=0.0, kl=0.0, approx_kl=0.0, clip_frac=0.0, entropy=0.0, tokens=0, later_tokens=0, grad_norm=0.0)
         for update in range(s["updates"]):
             terms = []
             for groups in ranks:
@@ -397,8 +397,10 @@ def by_hand(init, steps):
                         kl = d.exp() - d - 1
                         terms.append(min(ratio * A, min(max(ratio, low), high) * A) - s["kl"] * kl)
                         sums["kl"] += kl.item()
-                        sums["approx_kl"] += (ratio - ratio.log() - 1).item()
-                        sums["clip_frac"] += bool(ratio > high and A > 0 or ratio < low and A < 0)
+                        if update:  # in the first one, the ratio is 1
+                            sums["approx_kl"] += (ratio - ratio.log() - 1).item()
+                            sums["clip_frac"] += bool(ratio > high and A > 0 or ratio < low and A < 0)
+                            sums["later_tokens"] += 1
                         sums["entropy"] -= (p[at].exp() * p[at]).sum().item()
             loss = -sum(terms) / len(terms)
             loss.backward()
@@ -412,7 +414,8 @@ def by_hand(init, steps):
             sums["loss"] += loss.item() / s["updates"]
             sums["grad_norm"] += norm / s["updates"]
             sums["tokens"] += len(terms)
-        means = {k: sums[k] / sums["tokens"] for k in ("kl", "approx_kl", "clip_frac", "entropy")}
+        means = {k: sums[k] / sums["tokens"] for k in ("kl", "entropy")}
+        means |= {k: sums[k] / sums["later_tokens"] for k in ("approx_kl", "clip_frac")}
         numbers.append(means | dict(loss=sums["loss"], grad_norm=sums["grad_norm"]))
     return model, numbers
 
@@ -566,6 +569,7 @@ def test_without_kl_groups_of_equal_rewards_are_left_out(tmp_path, init):
         rows[kl] = metrics(tmp_path / "a.jsonl")[0] | {"rows": sum(map(len, rollout_batches(result.calls[0])))}
     assert rows["1e-9"]["rows"] == 24 and rows["0"]["rows"] == 24 * rows["0"]["groups"]["2"]["gradient"] < 24
     assert rows["0"]["grad_norm"] == pytest.approx(rows["1e-9"]["grad_norm"], rel=1e-4)
+    assert all(row["approx_kl"] is row["clip_frac"] is None for row in rows.values())  # one update: nothing has moved before it
 
 
 def test_without_a_reward_and_kl_nothing_changes(tmp_path, untrained):
@@ -700,6 +704,26 @@ def test_the_mixture(tmp_path, untrained, monkeypatch, arguments, expected):
     monkeypatch.setattr("sys.argv", ["grpo.py", *paths, *arguments.split()])
     _, args, *_ = G.arguments()
     assert shares_of({"recipe": {"mix": args.mix}}) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("arguments, op", [  # the largest op, of the mixture or of the held-out problems (op 4-5 after 2-3)
+    ("--ops 20", 20), ("--mix zoo:2:0.999,movie:18:0.001 --curriculum", 18), ("--ops 2", 5)])
+def test_solutions_have_room_for_the_largest_op(tmp_path, untrained, monkeypatch, arguments, op):
+    argv = ["grpo.py", "--init", str(untrained), "--out", str(tmp_path / "a.pt"), *arguments.split()]
+    limits = []
+    for more in ([], [], ["--max-new", "40"]):
+        monkeypatch.setattr("sys.argv", argv + more)
+        limits.append(G.arguments()[1].max_new)
+    ids = [data.encode_row(ENC, data.make_row(i, data.parse_mixture(str(op)), 1, "train", data.World(2.0))) for i in range(100)]
+    longest = max(len(row) - n_prompt for row, n_prompt in ids)
+    assert 1.2 * longest < limits[0] < 2 * longest + 16 and limits[1:] == [limits[0], 40]
+
+
+@pytest.mark.parametrize("preset, betas", [("tiny", (0.9, 0.95)), ("100m", (0.9, 0.999))])
+def test_adam_has_the_betas_of_the_preset(tmp_path, untrained, preset, betas):
+    result = grpo(tmp_path, untrained, *"--steps 1 --max-new 2 --workers 0 --preset".split(), preset)
+    assert result.code == 0, result
+    assert {group["betas"] for group in load_checkpoint(tmp_path / "a.pt")["optimizer"]["param_groups"]} == {betas}
 
 
 def test_with_cuda_updates_are_compiled_in_bfloat16_if_the_device_has_that(tmp_path, untrained, monkeypatch, pretend_cuda):

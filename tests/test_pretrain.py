@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -234,6 +235,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, whole):
     result = pretrain(tmp_path, *TWELVE, "--resume")
     assert result.code == 0 and "step 0" in result.out
     assert_same_run(tmp_path, whole)
+    assert len(metrics(tmp_path / "a.jsonl.old")) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -255,6 +257,40 @@ def test_a_new_run_keeps_what_the_last_one_left(tmp_path, whole):
     for name in ("a.pt", "a.jsonl"):
         assert (tmp_path / f"{name}.old").read_bytes() == (whole / name).read_bytes()
     assert [row["step"] for row in metrics(tmp_path / "a.jsonl")] == [1]
+
+
+def test_links_to_the_files_of_a_run_stay_links(tmp_path):
+    """A first run, a second one, which sets the files of the first aside, and one that resumes the second."""
+    (tmp_path / "far").mkdir()
+    for name in ("a.pt", "a.jsonl"):
+        (tmp_path / name).symlink_to(f"far/{name}")
+    for arguments in ([], [], ["--resume"]):
+        result = pretrain(tmp_path, *"--out a.pt --steps 2 --log-every 1".split(), *arguments)
+        assert result.code == 0, result
+    assert sorted(os.listdir(tmp_path / "far")) == ["a.jsonl", "a.jsonl.old", "a.pt", "a.pt.old"]
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.pt", "far"]
+    assert (tmp_path / "a.pt").is_symlink() and (tmp_path / "a.jsonl").is_symlink()
+    assert [[row["step"] for row in metrics(tmp_path / "far" / name)] for name in ("a.jsonl", "a.jsonl.old")] == [[1, 2]] * 2
+
+
+def test_a_second_run_to_the_same_files_is_refused_until_the_first_has_ended(tmp_path):
+    """Two names of a checkpoint may share the metrics. A run has ended when it was killed, too."""
+    endless = "--steps 100000 --log-every 1 --save-every 1 --workers 1 --out m.pt".split()
+    first = subprocess.Popen([sys.executable, ROOT / "pretrain.py", *TINY, *endless], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "m.pt").exists() and first.poll() is None:
+            time.sleep(0.05)
+        for arguments, ranks in (["--out", "m.pt"], 1), (["--out", "m"], 2), (["--resume", *endless], 1):
+            assert_refused(pretrain(tmp_path, "--steps", 1, *arguments, ranks=ranks), "another run", "m.jsonl")
+        assert first.poll() is None and {*os.listdir(tmp_path)} <= {"m.pt", "m.pt.part", "m.jsonl"}
+    finally:
+        first.kill()
+        first.wait()
+    steps = [row["step"] for row in metrics(tmp_path / "m.jsonl")]
+    assert steps == [*range(1, len(steps) + 1)] and len(steps) > 1
+    result = pretrain(tmp_path, "--steps", 1, "--log-every", 1, "--out", "m.pt")
+    assert result.code == 0 and len(metrics(tmp_path / "m.jsonl.old")) == len(steps), result
 
 
 def test_outputs_of_alike_names_do_not_meet(tmp_path):
