@@ -21,12 +21,11 @@ import json
 import math
 import os
 
-import numpy as np
-
-import data
 from model import (add_world_options, at_least, check_outputs, choose_device, gather, n_ranks, one_line_errors, progress_bar,
                    rank, read_trained, run_script, sample, say, set_up, take_world)
 from verify import explain, verify
+import data
+import numpy as np
 import torch  # after model.py, which sets how its threads wait
 
 VERDICTS = ("outcome", "verified", "strict")

@@ -28,13 +28,27 @@ from multiprocessing import parent_process
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
+# Ctrl-C during these imports, which take seconds, ends a script without a traceback. Workers leave it to the run (become_worker).
+interruptible = (threading.current_thread() is threading.main_thread()
+                 and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+if interruptible:
+    signal.signal(signal.SIGINT, signal.SIG_IGN if parent_process() else signal.SIG_DFL)
+
 import torch.distributed as dist
+
+if sys.version_info < (3, 11) or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+    sys.exit(f"this needs Python 3.11 to 3.14 and the packages of requirements.txt (pip install -r requirements.txt), "
+             f"but here are Python {sys.version.split()[0]} and torch {torch.__version__}")
+
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 
 # On Hopper GPUs torch prefers cuDNN's attention, which plans anew for every shape. Flash attention takes any shape.
+if interruptible:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 # ----------------------------------------------------------------------------------------------------------------------
