@@ -27,29 +27,29 @@ from multiprocessing import parent_process
 # another. OpenMP reads this when torch is imported, so scripts import model.py before torch. A value of the user's own stays.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import torch
 # Ctrl-C during these imports, which take seconds, ends a script without a traceback. Workers leave it to the run (become_worker).
 interruptible = (threading.current_thread() is threading.main_thread()
                  and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 if interruptible:
     signal.signal(signal.SIGINT, signal.SIG_IGN if parent_process() else signal.SIG_DFL)
 
-import torch.distributed as dist
+import torch
 
 if sys.version_info < (3, 11) or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
     sys.exit(f"this needs Python 3.11 to 3.14 and the packages of requirements.txt (pip install -r requirements.txt), "
              f"but here are Python {sys.version.split()[0]} and torch {torch.__version__}")
 
 import torch.nn.functional as F
+import torch.distributed as dist
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 
-# On Hopper GPUs torch prefers cuDNN's attention, which plans anew for every shape. Flash attention takes any shape.
 if interruptible:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.backends.cuda.enable_cudnn_sdp(False)
+# On Hopper GPUs torch prefers cuDNN's attention, which plans anew for every shape. Flash attention takes any shape.
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the model
@@ -700,7 +700,7 @@ def stage_parser(doc, presets, out, log_every=5):
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     g.add_argument("--dtype", choices=["bfloat16", "float32"], help="of matrix products (default: bfloat16 where it is fast)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: with CUDA and bfloat16)")
-    g.add_argument("--micro-tokens", type=at_least(1), help="tokens in one forward pass; gradients of several add up")
+    g.add_argument("--micro-tokens", type=at_least(1), help="tokens in one forward pass (by memory); gradients of several add up")
     g.add_argument("--workers", type=at_least(0), help="processes that make problems; in grpo.py, that verify solutions")
     g.add_argument("--log-every", type=at_least(1), default=log_every, help=f"steps between rows of metrics ({log_every})")
     g.add_argument("--eval-every", type=at_least(1), help="steps between evaluations on held-out problems")
@@ -750,26 +750,73 @@ def one_line_errors(parser):
     try:
         yield
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        parser.error(str(error).splitlines()[0])
+        parser.error(first_line(error))
+
+
+def first_line(error):
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def choose_device(args):
-    """Fills in device, dtype (bfloat16 where its matrix products are fast) and compile. Raises an error for a missing device."""
+    """Fills in device, dtype (bfloat16 where its matrix products are fast) and compile. Raises ValueError for a device that
+    cannot compute and for a --compile that does not work."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch.empty(0, device=args.device)
+    if args.device == "cuda" and n_ranks() > 1:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        if args.device.startswith("cuda:"):
+            torch.cuda.set_device(args.device)
+        square = torch.ones(8, 8, device=args.device)
+        float((square @ square).sum())  # an old GPU may be there for torch, and have no kernels
+    except Exception as error:
+        raise ValueError(f"--device {args.device} cannot compute here ({first_line(error)}): --device cpu can") from None
     cuda = args.device.startswith("cuda")
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
     args.dtype = args.dtype or ("bfloat16" if fast else "float32")
-    if args.compile is None:
-        args.compile = cuda and args.dtype == "bfloat16"
     if args.compile and cuda and args.dtype != "bfloat16":
         raise ValueError("--compile needs --dtype bfloat16 on CUDA: attention within packed problems has no float32 kernel")
 
+    if args.compile or args.compile is None and cuda and args.dtype == "bfloat16":
+        try:  # it needs a C++ compiler, on CUDA Triton too
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=args.device))
+        except Exception as error:
+            why = f"torch.compile does not work here ({first_line(error)})"
+            if args.compile:
+                raise ValueError(f"{why}: go without --compile") from None
+            say(f"{why}: going on without")
+            args.compile = False
+        else:
+            args.compile = True
+
+
+# Bytes that a token of the 100m model keeps for the backward pass. Counted with 32,768 tokens: 19 GiB in bfloat16, 25 in float32
+BYTES_PER_TOKEN = {"bfloat16": 19 * 2 ** 30 // 32_768, "float32": 25 * 2 ** 30 // 32_768}
+
+
+def tokens_that_fit(tokens, free, dtype):
+    """`tokens` a pass or, if they take more than half of so many free bytes, a half of them, a quarter, ... The other half is for
+    weights, gradients, optimizer and, in GRPO, what sampling keeps."""
+    while tokens > 1024 and tokens * BYTES_PER_TOKEN[dtype] > free / 2:
+        tokens //= 2
+    return tokens
+
+
+def n_cores(cgroup="/sys/fs/cgroup"):
+    """How many cores this process may use: by its affinity, and by the quota of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in ["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]:  # of cgroup v2 and v1: microseconds
+        with suppress(OSError, ValueError):  # no quota: no file, "max" or -1
+            quota, period = (int(n) for name in files for n in open(f"{cgroup}/{name}", encoding="utf-8").read().split())
+            cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
+    return cores
 
 def fill_from_preset(args, preset):
-    """Gives each setting that was not set by an option its value from the preset."""
-    if not args.device.startswith("cuda"):  # memory: with the 100m model 32768 tokens a pass take 18 GB, 4096 take 6
-        preset = preset | dict(micro_tokens=min(4096, preset["micro_tokens"]))
+    """Gives each setting that was not set by an option its value from the preset, as far as the device and the cores allow."""
+    if args.device.startswith("cuda"):
+        tokens = tokens_that_fit(preset["micro_tokens"], torch.cuda.mem_get_info(args.device)[0], args.dtype)
+    else:  # memory: with the 100m model 32768 tokens a pass take 18 GB, 4096 take 6
+        tokens = min(4096, preset["micro_tokens"])
+    preset = preset | dict(micro_tokens=tokens, workers=min(preset["workers"], n_cores()))
     for name, value in preset.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -778,15 +825,19 @@ def fill_from_preset(args, preset):
 def set_up(args):
     """Joins the ranks, if torchrun started several, and seeds torch. Returns this rank's device and the autocast context in which
     its model computes."""
-    device = args.device
     if n_ranks() > 1:
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    if n_cores() < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:  # torch knows of no quota
+        torch.set_num_threads(n_cores())
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
-    return device, torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    return args.device, torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def how_it_runs(args):
+    """For the first line of a run: what was chosen for the machine, and how to choose otherwise."""
+    return (f"{args.dtype} on {args.device}, {f'{n_ranks()} ranks, ' if n_ranks() > 1 else ''}threads: {torch.get_num_threads()}, "
+            f"{args.micro_tokens} tokens a pass (to change it: --preset, --dtype, --device, --micro-tokens)")
 
 
 # Ranks: the processes of one run. torchrun tells each its number by environment variables. In a single process all of these
@@ -945,8 +996,8 @@ def say_expected_time(run, probes, n_steps):
 # The files of a run
 
 # what --resume does not compare: it changes rounding at most, or (ops, id_share, eval_json) is resolved into `mix` already
-MAY_CHANGE = set("resume out metrics ops id_share eval_json device compile workers log_every eval_every eval_problems "
-                "save_every show".split())
+MAY_CHANGE = set("resume out metrics ops id_share eval_json device compile micro_tokens workers log_every eval_every "
+                "eval_problems save_every show".split())
 
 
 def check_outputs(*paths, inputs=()):
