@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -39,8 +40,8 @@ if sys.version_info < (3, 11) or tuple(map(int, torch.__version__.split(".")[:2]
     sys.exit(f"this needs Python 3.11 to 3.14 and the packages of requirements.txt (pip install -r requirements.txt), "
              f"but here are Python {sys.version.split()[0]} and torch {torch.__version__}")
 
-import torch.nn.functional as F
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
@@ -48,8 +49,8 @@ from tqdm import tqdm
 if interruptible:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-torch.backends.cuda.enable_cudnn_sdp(False)
 # On Hopper GPUs torch prefers cuDNN's attention, which plans anew for every shape. Flash attention takes any shape.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the model
@@ -662,7 +663,7 @@ def main():
         model = Qwen2ForCausalLM(Qwen2Config(**config))
         model.load_state_dict(state)
         model.save_pretrained(args.to_hf)
-    print(f"wrote {args.to_hf}; the tokenizer is data.tokenizer()")
+    say(f"wrote {args.to_hf}; the tokenizer is data.tokenizer()")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -773,20 +774,20 @@ def choose_device(args):
     cuda = args.device.startswith("cuda")
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
     args.dtype = args.dtype or ("bfloat16" if fast else "float32")
+    asked_for = args.compile
+    if args.compile is None:
+        args.compile = cuda and args.dtype == "bfloat16"
     if args.compile and cuda and args.dtype != "bfloat16":
         raise ValueError("--compile needs --dtype bfloat16 on CUDA: attention within packed problems has no float32 kernel")
-
-    if args.compile or args.compile is None and cuda and args.dtype == "bfloat16":
+    if args.compile:
         try:  # it needs a C++ compiler, on CUDA Triton too
             torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=args.device))
         except Exception as error:
             why = f"torch.compile does not work here ({first_line(error)})"
-            if args.compile:
+            if asked_for:
                 raise ValueError(f"{why}: go without --compile") from None
             say(f"{why}: going on without")
             args.compile = False
-        else:
-            args.compile = True
 
 
 # Bytes that a token of the 100m model keeps for the backward pass. Counted with 32,768 tokens: 19 GiB in bfloat16, 25 in float32
@@ -809,6 +810,7 @@ def n_cores(cgroup="/sys/fs/cgroup"):
             quota, period = (int(n) for name in files for n in open(f"{cgroup}/{name}", encoding="utf-8").read().split())
             cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
     return cores
+
 
 def fill_from_preset(args, preset):
     """Gives each setting that was not set by an option its value from the preset, as far as the device and the cores allow."""
@@ -852,11 +854,19 @@ def n_ranks():
 
 
 def say(*text):
-    """Print, once and not on every rank, and above a `progress_bar`. A run goes on when nobody listens any more."""
-    if rank() == 0 and sys.stdout:
-        with suppress(OSError):
-            tqdm.write(" ".join(map(str, text)))
-            sys.stdout.flush()
+    """Print, once and not on every rank, and above a `progress_bar`."""
+    if rank() == 0:
+        write(sys.stdout, " ".join(map(str, text)) + "\n")
+
+
+def write(stream, text=""):
+    """Write to stdout or stderr, all the way. When nobody listens any more, a run goes on, and what it says goes nowhere."""
+    try:
+        tqdm.write(text, file=stream, end="")
+        stream.flush()
+    except OSError:
+        with suppress(OSError):  # no file: a notebook's stream
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def sum_over_ranks(tensor):
@@ -1141,18 +1151,20 @@ def write_metrics(path, row):
 
 @contextmanager
 def noted_interrupts():
-    """Within it, Ctrl-C and SIGTERM only add to the list that it yields, so that the run can save and end. A second Ctrl-C ends
-    at once."""
-    noted = []
+    """Within it, Ctrl-C, SIGTERM and the end of the terminal only add to the list that it yields, so that the run can save and
+    end. A second Ctrl-C ends at once."""
+    noted, hangup = [], getattr(signal, "SIGHUP", None)  # Windows has none
 
     def note(number, _):
         if number == signal.SIGINT and noted and time.perf_counter() - noted[0] > 1:  # a launcher may pass on the first one
             os._exit(130)
         noted.append(time.perf_counter())
         with suppress(OSError):
-            os.write(2, b"\nfinishing the step, then saving; Ctrl-C again ends at once\n" if rank() == 0 else b"")
+            text = b"\nfinishing the step, then saving; Ctrl-C again ends at once\n" if rank() == 0 else b""
+            os.write(sys.stderr.fileno(), text)
 
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM] + [hangup] * (hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL)
+    handlers = {number: signal.signal(number, note) for number in numbers}  # nohup ignores SIGHUP, and that stays
     try:
         yield noted
     finally:
@@ -1175,8 +1187,7 @@ def progress_bar(start=0.0):
         if bar.disable and rank() == 0 and time.perf_counter() - said > 30:
             said = time.perf_counter()
             left = (said - began) * (1 - done) / (done - start)
-            with suppress(OSError):
-                print(f"{100 * done:3.0f} %, about {left / 60:.1f} minutes left, {text}", file=sys.stderr, flush=True)
+            write(sys.stderr, f"{100 * done:3.0f} %, about {left / 60:.1f} minutes left, {text}\n")
 
     with tqdm(total=1.0, initial=start, disable=None if rank() == 0 else True, smoothing=0.05,
               bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar:
@@ -1198,16 +1209,26 @@ def exit_if_interrupted(interrupted, what_now):
 
 def run_script(main):
     """main() as a command. An interrupt before the first step ends with 130: there is nothing to save, and `a && b` must stop. An
-    error of the system, such as a full disk, ends with one line."""
+    error of the system, such as a full disk or too little memory, ends with one line."""
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w", encoding="utf-8") for s in (sys.stdout, sys.stderr))  # closed: 2>&-
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # what its encoding lacks becomes "?"
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
         sys.exit(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|ALLOC_FAILED|DefaultCPUAllocator", str(error)):
+            raise
+        sys.exit("out of memory: training takes less with a smaller --micro-tokens, sampling (grpo.py, evaluate.py) with smaller "
+                 "--rows, and all with a smaller model, such as that of --preset tiny")
+    finally:
+        write(sys.stdout), write(sys.stderr)  # now, since the interpreter would complain
     if n_ranks() > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
