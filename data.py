@@ -35,11 +35,15 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import time
 from bisect import bisect
 from dataclasses import dataclass
 from typing import NamedTuple
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends it without a traceback
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import tiktoken
@@ -909,8 +913,9 @@ def write_rows(rows, n, path):
 
 
 def main():
+    what, _, more = (__doc__ or "").partition("\n\n")  # python -OO drops it
     p = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter,
-                                description=__doc__.split("\n\n", 1)[0].strip() + "\n\n" + __doc__[__doc__.index("    python"):])
+                                description=what.strip() + "\n\n" + more[more.find("    python"):])
     p.add_argument("--ops", help="range of op, all contexts with equal weight: 2-10 or 5 (default 2-10)")
     p.add_argument("--mix", help='mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20:0.99,school:2:0.01"')
     p.add_argument("--n", type=int, default=1, help="number of problems (default 1)")
@@ -937,9 +942,14 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_interrupt)
+    if sys.stdout:  # not closed
+        sys.stdout.reconfigure(errors="replace")  # what its encoding lacks, as the lines of a tree, becomes "?"
     try:
         main()
+        print(end="", flush=True)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # ... | head, or a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(None if isinstance(error, BrokenPipeError) else str(error))

@@ -21,12 +21,11 @@ import json
 import math
 import os
 
-import numpy as np
-
-import data
 from model import (add_world_options, at_least, check_outputs, choose_device, gather, n_ranks, one_line_errors, progress_bar,
                    rank, read_trained, run_script, sample, say, set_up, take_world)
 from verify import explain, verify
+import data
+import numpy as np
 import torch  # after model.py, which sets how its threads wait
 
 VERDICTS = ("outcome", "verified", "strict")
@@ -258,9 +257,9 @@ def show(records, count):
     """Print sampled solutions, ops spread evenly, each step marked and, where it is wrong, why."""
     for j in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int):
         row, text = records[j]["row"], records[j]["text"]
-        print(f"\n--- {records[j]['context']}, op {row['op']}\n{row['problem'].strip()} {row['question']}\n")
+        say(f"\n--- {records[j]['context']}, op {row['op']}\n{row['problem'].strip()} {row['question']}\n")
         for step, right, why in explain(row["solution"], text):
-            print(f"  {'right' if right else 'WRONG'}  {step}" + (f"   <- {why}" if why else ""))
+            say(f"  {'right' if right else 'WRONG'}  {step}" + (f"   <- {why}" if why else ""))
 
 
 def plot(results, args):
@@ -295,7 +294,7 @@ def report(results, args):
     for path, r in results.items():
         bins = sorted({b for by_number in r["distractors"].values() for b in by_number})
         common = sorted(r["errors"].items(), key=lambda e: -e[1])[:4]
-        print(f"{path}\n  edge (verified {first} below 0.5, pass@{args.k[-1]} at least 0.05): "
+        say(f"{path}\n  edge (verified {first} below 0.5, pass@{args.k[-1]} at least 0.05): "
               + (f"op {r['edge'][0]}-{r['edge'][1]}" if r["edge"] else "none")
               + f"\n  verified {first} with {', '.join(bins)} distractors: " + "; ".join(f"{group} " + " ".join(
                   f"{by_number[b]['verified'][first]:.2f}" if b in by_number else "-" for b in bins)
@@ -333,7 +332,7 @@ def main():
             results[path]["against_previous"] = differences(records, all_records[-1], args)
         all_records.append(records)
         if rank() == 0 and args.show:
-            print(f"\n{path}")
+            say(f"\n{path}")
             show(records, args.show)
     if rank():
         return
@@ -344,12 +343,12 @@ def main():
     with open(f"{json_file}.part", "w", encoding="utf-8") as f:
         json.dump({"checkpoints": results, "settings": settings}, f, indent=1)
     os.replace(f"{json_file}.part", json_file)
-    print("\n" + table(results, args) + "\n")
+    say("\n" + table(results, args) + "\n")
     report(results, args)
-    print(f"numbers: {args.json}")
+    say(f"numbers: {args.json}")
     if args.plot:
         plot(results, args)
-        print(f"figure: {args.plot}")
+        say(f"figure: {args.plot}")
 
 
 if __name__ == "__main__":

@@ -42,15 +42,14 @@ from functools import partial
 from multiprocessing import get_context
 from typing import NamedTuple
 
-import numpy as np
-
-import data
 from model import (add_gradients, add_start_options, any_rank, at_least, become_worker, check_run_files, choose_device,
-                   compile_layers, exit_if_interrupted, fill_from_preset, gather, give_up, make_optimizers, mean_loss,
-                   n_at_a_time, n_ranks, noted_interrupts, one_line_errors, open_run, progress_bar, rank, read_edge, read_start,
-                   run_script, sample, save_checkpoint, say, set_up, stage_parser, step_batches, sum_gradients_over_ranks,
-                   sum_over_ranks, take_world, to_device, write_metrics)
+                   compile_layers, exit_if_interrupted, fill_from_preset, gather, give_up, how_it_runs, make_optimizers,
+                   mean_loss, n_at_a_time, n_ranks, noted_interrupts, one_line_errors, open_run, progress_bar, rank, read_edge,
+                   read_start, run_script, sample, save_checkpoint, say, set_up, stage_parser, step_batches,
+                   sum_gradients_over_ranks, sum_over_ranks, take_world, to_device, write_metrics)
 from verify import REWARDS, reward, verify
+import data
+import numpy as np
 import torch  # after model.py, which sets how its threads wait
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -248,10 +247,10 @@ def main():
                 model=model.state_dict(), optimizer=optimizer.state_dict(), reference=reference and reference.state_dict(),
                 rng=torch.get_rng_state(), **state))
 
-    say(f"grpo from {args.init}, {model.n_params() / 1e6:.2f}M parameters; mixture {args.mix}{', curriculum' * args.curriculum}, "
-        f"{world}; {allowance or args.steps:.6g} {'tokens' if allowance else 'steps'}, a step {args.prompts} prompts x "
-        f"{args.rollouts} rollouts, {args.updates} updates; reward {args.reward}, learning rate {args.lr:g}; {args.dtype} on "
-        f"{device}, {n_ranks()} ranks, {torch.get_num_threads()} threads")
+    say(f"grpo from {args.init}, preset {args.preset}: {model.n_params() / 1e6:.2f}M parameters; mixture {args.mix}"
+        f"{', curriculum' * args.curriculum}, {world}; {allowance or args.steps:.6g} {'tokens' if allowance else 'steps'}, a step "
+        f"{args.prompts} prompts x {args.rollouts} rollouts, {args.updates} updates; reward {args.reward}, learning rate "
+        f"{args.lr:g}; {how_it_runs(args)}")
     if args.compile:  # for the updates; sampling has its own steps
         compile_layers(*filter(None, (model, reference)))
     pool = ProcessPoolExecutor(args.workers, get_context("spawn"), become_worker) if args.workers else nullcontext()

@@ -15,12 +15,12 @@ import math
 import time
 from dataclasses import asdict
 
-import data
 from model import (accumulate, add_prediction_options, amounts_and_speeds, any_rank, at_least, check_run_files, choose_device,
-                   compile_layers, exit_if_interrupted, fill_from_preset, give_up, make_optimizers, mean_loss, n_at_a_time,
-                   n_ranks, noted_interrupts, one_line_errors, open_run, progress_bar, rank, run_script, sample, save_checkpoint,
-                   say, say_expected_time, set_up, stage_parser, step_batches, write_metrics)
+                   compile_layers, exit_if_interrupted, fill_from_preset, give_up, how_it_runs, make_optimizers, mean_loss,
+                   n_at_a_time, n_ranks, noted_interrupts, one_line_errors, open_run, progress_bar, rank, run_script, sample,
+                   save_checkpoint, say, say_expected_time, set_up, stage_parser, step_batches, write_metrics)
 from model import add_start_options, read_start, take_world
+import data
 import torch  # after model.py, which sets how its threads wait
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def main():
 
     say(f"{STAGE}, preset {args.preset}: {model.n_params() / 1e6:.2f}M parameters, {model.config.n_layers} layers of width "
         f"{model.config.width}; mixture {args.mix}, {world}; {args.steps} steps of {args.batch} problems; {args.optimizer}, "
-        f"learning rate {args.lr:g}; {args.dtype} on {device}, {n_ranks()} ranks, {torch.get_num_threads()} threads")
+        f"learning rate {args.lr:g}; {how_it_runs(args)}")
     if args.compile:
         compile_layers(model)
         for size in data.pack_sizes(args.micro_tokens):  # one program for each size, before the clock starts
@@ -155,8 +155,9 @@ def main():
                            **amounts_and_speeds(model, args.batch, device, done, int(tokens), row_before, waited))
                 row_before, waited = (time.perf_counter(), done, row["tokens"]), 0.0
                 write_metrics(args.metrics, row)
-                show_progress(done / args.steps, f"step {done}, loss {row['loss']:.3f}, held out {val_loss or math.nan:.3f}, "
-                           f"{row['tokens_per_s']} tokens/s" + (f", MFU {row['mfu']:.2f}" if "mfu" in row else ""))
+                known = f"held out {val_loss:.3f}, " if val_loss is not None else ""
+                show_progress(done / args.steps, f"step {done}, loss {row['loss']:.3f}, {known}{row['tokens_per_s']} tokens/s"
+                              + (f", MFU {row['mfu']:.2f}" if "mfu" in row else ""))
             if save_now:
                 save(done)
             exit_if_interrupted(stop and not last, f"saved {args.out} at step {done}; continue with --resume")

@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -32,12 +33,26 @@ from multiprocessing import parent_process
 # another. OpenMP reads this when torch is imported, so scripts import model.py before torch. A value of the user's own stays.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+# Ctrl-C during these imports, which take seconds, ends a script without a traceback. Workers leave it to the run (become_worker).
+interruptible = (threading.current_thread() is threading.main_thread()
+                 and signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+if interruptible:
+    signal.signal(signal.SIGINT, signal.SIG_IGN if parent_process() else signal.SIG_DFL)
+
 import torch
+
+if sys.version_info < (3, 11) or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+    sys.exit(f"this needs Python 3.11 to 3.14 and the packages of requirements.txt (pip install -r requirements.txt), "
+             f"but here are Python {sys.version.split()[0]} and torch {torch.__version__}")
+
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
+
+if interruptible:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # On Hopper GPUs torch prefers cuDNN's attention, which plans anew for every shape. Flash attention takes any shape.
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -667,7 +682,7 @@ def main():
         model = Qwen2ForCausalLM(Qwen2Config(**config))
         model.load_state_dict(state)
         model.save_pretrained(args.to_hf)
-    print(f"wrote {args.to_hf}; the tokenizer is data.tokenizer()")
+    say(f"wrote {args.to_hf}; the tokenizer is data.tokenizer()")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -705,7 +720,7 @@ def stage_parser(doc, presets, out, log_every=5):
     g.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     g.add_argument("--dtype", choices=["bfloat16", "float32"], help="of matrix products (default: bfloat16 where it is fast)")
     g.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: with CUDA and bfloat16)")
-    g.add_argument("--micro-tokens", type=at_least(1), help="tokens in one forward pass; gradients of several add up")
+    g.add_argument("--micro-tokens", type=at_least(1), help="tokens in one forward pass (by memory); gradients of several add up")
     g.add_argument("--workers", type=at_least(0), help="processes that make problems; in grpo.py, that verify solutions")
     g.add_argument("--log-every", type=at_least(1), default=log_every, help=f"steps between rows of metrics ({log_every})")
     g.add_argument("--eval-every", type=at_least(1), help="steps between evaluations on held-out problems")
@@ -755,26 +770,74 @@ def one_line_errors(parser):
     try:
         yield
     except (ValueError, OSError, RuntimeError, AssertionError) as error:
-        parser.error(str(error).splitlines()[0])
+        parser.error(first_line(error))
+
+
+def first_line(error):
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def choose_device(args):
-    """Fills in device, dtype (bfloat16 where its matrix products are fast) and compile. Raises an error for a missing device."""
+    """Fills in device, dtype (bfloat16 where its matrix products are fast) and compile. Raises ValueError for a device that
+    cannot compute and for a --compile that does not work."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch.empty(0, device=args.device)
+    if args.device == "cuda" and n_ranks() > 1:
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        if args.device.startswith("cuda:"):
+            torch.cuda.set_device(args.device)
+        square = torch.ones(8, 8, device=args.device)
+        float((square @ square).sum())  # an old GPU may be there for torch, and have no kernels
+    except Exception as error:
+        raise ValueError(f"--device {args.device} cannot compute here ({first_line(error)}): --device cpu can") from None
     cuda = args.device.startswith("cuda")
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
     args.dtype = args.dtype or ("bfloat16" if fast else "float32")
+    asked_for = args.compile
     if args.compile is None:
         args.compile = cuda and args.dtype == "bfloat16"
     if args.compile and cuda and args.dtype != "bfloat16":
         raise ValueError("--compile needs --dtype bfloat16 on CUDA: attention within packed problems has no float32 kernel")
+    if args.compile:
+        try:  # it needs a C++ compiler, on CUDA Triton too
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=args.device))
+        except Exception as error:
+            why = f"torch.compile does not work here ({first_line(error)})"
+            if asked_for:
+                raise ValueError(f"{why}: go without --compile") from None
+            say(f"{why}: going on without")
+            args.compile = False
+
+
+# Bytes that a token of the 100m model keeps for the backward pass. Counted with 32,768 tokens: 19 GiB in bfloat16, 25 in float32
+BYTES_PER_TOKEN = {"bfloat16": 19 * 2 ** 30 // 32_768, "float32": 25 * 2 ** 30 // 32_768}
+
+
+def tokens_that_fit(tokens, free, dtype):
+    """`tokens` a pass or, if they take more than half of so many free bytes, a half of them, a quarter, ... The other half is for
+    weights, gradients, optimizer and, in GRPO, what sampling keeps."""
+    while tokens > 1024 and tokens * BYTES_PER_TOKEN[dtype] > free / 2:
+        tokens //= 2
+    return tokens
+
+
+def n_cores(cgroup="/sys/fs/cgroup"):
+    """How many cores this process may use: by its affinity, and by the quota of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for files in ["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]:  # of cgroup v2 and v1: microseconds
+        with suppress(OSError, ValueError):  # no quota: no file, "max" or -1
+            quota, period = (int(n) for name in files for n in open(f"{cgroup}/{name}", encoding="utf-8").read().split())
+            cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
+    return cores
 
 
 def fill_from_preset(args, preset):
-    """Gives each setting that was not set by an option its value from the preset."""
-    if not args.device.startswith("cuda"):  # memory: with the 100m model 32768 tokens a pass take 18 GB, 4096 take 6
-        preset = preset | dict(micro_tokens=min(4096, preset["micro_tokens"]))
+    """Gives each setting that was not set by an option its value from the preset, as far as the device and the cores allow."""
+    if args.device.startswith("cuda"):
+        tokens = tokens_that_fit(preset["micro_tokens"], torch.cuda.mem_get_info(args.device)[0], args.dtype)
+    else:  # memory: with the 100m model 32768 tokens take 18 GB, 4096 take 6, and `n_at_a_time` passes run at a time
+        tokens = min(6144 // min(8, n_cores()), preset["micro_tokens"])
+    preset = preset | dict(micro_tokens=tokens, workers=min(preset["workers"], n_cores()))
     for name, value in preset.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -783,15 +846,19 @@ def fill_from_preset(args, preset):
 def set_up(args):
     """Joins the ranks, if torchrun started several, and seeds torch. Returns this rank's device and the autocast context in which
     its model computes."""
-    device = args.device
     if n_ranks() > 1:
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    if n_cores() < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:  # torch knows of no quota
+        torch.set_num_threads(n_cores())
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
-    return device, torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    return args.device, torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def how_it_runs(args):
+    """For the first line of a run: what was chosen for the machine, and how to choose otherwise."""
+    return (f"{args.dtype} on {args.device}, {f'{n_ranks()} ranks, ' if n_ranks() > 1 else ''}threads: {torch.get_num_threads()}, "
+            f"{args.micro_tokens} tokens a pass (to change it: --preset, --dtype, --device, --micro-tokens)")
 
 
 # Ranks: the processes of one run. torchrun tells each its number by environment variables. In a single process all of these
@@ -806,11 +873,19 @@ def n_ranks():
 
 
 def say(*text):
-    """Print, once and not on every rank, and above a `progress_bar`. A run goes on when nobody listens any more."""
-    if rank() == 0 and sys.stdout:
-        with suppress(OSError):
-            tqdm.write(" ".join(map(str, text)))
-            sys.stdout.flush()
+    """Print, once and not on every rank, and above a `progress_bar`."""
+    if rank() == 0:
+        write(sys.stdout, " ".join(map(str, text)) + "\n")
+
+
+def write(stream, text=""):
+    """Write to stdout or stderr, all the way. When nobody listens any more, a run goes on, and what it says goes nowhere."""
+    try:
+        tqdm.write(text, file=stream, end="")
+        stream.flush()
+    except OSError:
+        with suppress(OSError):  # no file: a notebook's stream
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def sum_over_ranks(tensor):
@@ -1033,8 +1108,8 @@ def say_expected_time(run, probes, n_steps):
 # The files of a run
 
 # what --resume does not compare: it changes rounding at most, or (ops, id_share, eval_json) is resolved into `mix` already
-MAY_CHANGE = set("resume out metrics ops id_share eval_json device compile workers log_every eval_every eval_problems "
-                "save_every show".split())
+MAY_CHANGE = set("resume out metrics ops id_share eval_json device compile micro_tokens workers log_every eval_every "
+                "eval_problems save_every show".split())
 
 
 def check_outputs(*paths, inputs=()):
@@ -1195,18 +1270,20 @@ def write_metrics(path, row):
 
 @contextmanager
 def noted_interrupts():
-    """Within it, Ctrl-C and SIGTERM only add to the list that it yields, so that the run can save and end. A second Ctrl-C ends
-    at once."""
-    noted = []
+    """Within it, Ctrl-C, SIGTERM and the end of the terminal only add to the list that it yields, so that the run can save and
+    end. A second Ctrl-C ends at once."""
+    noted, hangup = [], getattr(signal, "SIGHUP", None)  # Windows has none
 
     def note(number, _):
         if number == signal.SIGINT and noted and time.perf_counter() - noted[0] > 1:  # a launcher may pass on the first one
             os._exit(130)
         noted.append(time.perf_counter())
         with suppress(OSError):
-            os.write(2, b"\nfinishing the step, then saving; Ctrl-C again ends at once\n" if rank() == 0 else b"")
+            text = b"\nfinishing the step, then saving; Ctrl-C again ends at once\n" if rank() == 0 else b""
+            os.write(sys.stderr.fileno(), text)
 
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM] + [hangup] * (hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL)
+    handlers = {number: signal.signal(number, note) for number in numbers}  # nohup ignores SIGHUP, and that stays
     try:
         yield noted
     finally:
@@ -1229,8 +1306,7 @@ def progress_bar(start=0.0):
         if bar.disable and rank() == 0 and time.perf_counter() - said > 30:
             said = time.perf_counter()
             left = (said - began) * (1 - done) / (done - start)
-            with suppress(OSError):
-                print(f"{100 * done:3.0f} %, about {left / 60:.1f} minutes left, {text}", file=sys.stderr, flush=True)
+            write(sys.stderr, f"{100 * done:3.0f} %, about {left / 60:.1f} minutes left, {text}\n")
 
     with tqdm(total=1.0, initial=start, disable=None if rank() == 0 else True, smoothing=0.05,
               bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}") as bar:
@@ -1252,16 +1328,26 @@ def exit_if_interrupted(interrupted, what_now):
 
 def run_script(main):
     """main() as a command. An interrupt before the first step ends with 130: there is nothing to save, and `a && b` must stop. An
-    error of the system, such as a full disk, ends with one line."""
+    error of the system, such as a full disk or too little memory, ends with one line."""
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w", encoding="utf-8") for s in (sys.stdout, sys.stderr))  # closed: 2>&-
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # what its encoding lacks becomes "?"
     try:
         main()
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
         sys.exit(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|ALLOC_FAILED|DefaultCPUAllocator", str(error)):
+            raise
+        sys.exit("out of memory: training takes less with a smaller --micro-tokens, sampling (grpo.py, evaluate.py) with smaller "
+                 "--rows, and all with a smaller model, such as that of --preset tiny")
+    finally:
+        write(sys.stdout), write(sys.stderr)  # now, since the interpreter would complain
     if n_ranks() > 1:
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -470,8 +470,9 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)      # also where stdout is closed
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:            # the reader has gone; give the flush at exit somewhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:             # the reader has gone, or the disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(None if isinstance(error, BrokenPipeError) else str(error))

@@ -27,7 +27,7 @@ GOLD = ROOT.parent / "shared" / "gold" / "forward.jsonl"
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 TINY = "--preset tiny --device cpu --n-layers 1 --width 32 --n-heads 2 --n-kv-heads 1 --mlp 64 --batch 8 --show 0".split()
-SERVER = multiprocessing.get_context("forkserver")
+SERVER = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
 SERVER.set_forkserver_preload(["pytest", "tiktoken", "torch", "torch._dynamo", "torch.distributed", "tqdm"])
 
 
@@ -51,12 +51,13 @@ class Result(NamedTuple):
     calls: list = ()  # of each rank, what `record` asked for: {name: [(arguments, result)]}
 
 
-def run(cwd, script, *arguments, send=None, kill_after=None, ranks=1, record=()):
+def run(cwd, script, *arguments, send=None, kill_after=None, ranks=1, record=(), before=None):
     """Run a script to its end.
 
     send: (signal, n), which it gets when it is about to put its n-th checkpoint in place. kill_after: seconds until it is
     killed. ranks: how many processes, with the variables that torchrun sets; the result is that of rank 0, which `send`
-    goes to. record: functions of our modules, as "module.function", whose calls to note.
+    goes to. record: functions of our modules, as "module.function", whose calls to note. before: a function that its process
+    calls first.
     """
     port, processes, arguments = free_port(), [], [str(a) for a in arguments]
     for rank in range(ranks):
@@ -64,7 +65,7 @@ def run(cwd, script, *arguments, send=None, kill_after=None, ranks=1, record=())
         if ranks > 1:
             env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         process = SERVER.Process(target=_in_child, args=(cwd, ROOT / script, arguments, rank, env, record,
-                                                         send if rank == 0 else None))
+                                                         send if rank == 0 else None, before))
         process.start()
         processes.append(process)
     if kill_after is not None:
@@ -93,7 +94,7 @@ def run(cwd, script, *arguments, send=None, kill_after=None, ranks=1, record=())
     return Result(processes[0].exitcode, texts[0], texts[1], calls)
 
 
-def _in_child(cwd, script, arguments, rank, env, record, send):
+def _in_child(cwd, script, arguments, rank, env, record, send, before):
     os.chdir(cwd)
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f".{name}{rank}", os.O_WRONLY | os.O_CREAT), fd)
@@ -114,9 +115,11 @@ def _in_child(cwd, script, arguments, rank, env, record, send):
         _note_calls(*name.split("."), calls[name])
     multiprocessing.set_start_method(None, force=True)  # of processes that the script starts: Python's default again
     torch.set_num_threads(1)
-    compile_module = torch.nn.Module.compile  # --compile traces, and keeps torch's own kernels: no wait for a C++ compiler
-    torch.nn.Module.compile = lambda module, **options: compile_module(module, backend="eager", **options)
+    compile = torch.compile  # --compile traces, and keeps torch's own kernels: no wait for a C++ compiler
+    torch.compile = lambda function, **options: compile(function, backend="eager", **options)
     sys.argv = [str(script), *arguments]
+    if before:
+        before()
     try:
         runpy.run_path(str(script), run_name="__main__")
     finally:
@@ -168,13 +171,16 @@ def end_with_workers(cwd, script, arguments, number, group):
 
 @pytest.fixture
 def pretend_cuda(monkeypatch):
-    """pretend_cuda(bfloat16): while a script reads its arguments, it finds a device with CUDA, one that has bfloat16 or not."""
-    def pretend(bfloat16):
+    """pretend_cuda(bfloat16, gib=80, compiles=True): while a script reads its arguments, it finds a device with CUDA, one that has
+    bfloat16 or not, with so much memory free, and where torch.compile works or not."""
+    def pretend(bfloat16, gib=80, compiles=True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
-        monkeypatch.setattr(torch, "empty", lambda *size, device=None, **more: empty(*size, **more))  # it looks for the device
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (gib * 2 ** 30, gib * 2 ** 30))
+        monkeypatch.setattr(torch, "ones", lambda *size, device=None, **more: ones(*size, **more))  # it tries the device with them
+        monkeypatch.setattr(torch, "compile", lambda function: function if compiles else function.no_compiler_here)
 
-    empty = torch.empty
+    ones = torch.ones
     return pretend
 
 

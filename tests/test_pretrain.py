@@ -312,7 +312,7 @@ def test_with_cuda_no_option_is_needed(tmp_path, monkeypatch, pretend_cuda):
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--ops", "2-10"])
     _, args = P.arguments()
     assert (args.device, args.preset, args.dtype, args.compile) == ("cuda", "100m", "bfloat16", True)
-    assert args.n_layers == 12 and args.width == 768 and args.workers >= 2 and args.micro_tokens >= 8192
+    assert args.n_layers == 12 and args.width == 768 and args.workers >= 1 and args.micro_tokens == 32_768
     pretend_cuda(bfloat16=False)  # a device before 2020 has no kernel for packed problems
     _, args = P.arguments()
     assert (args.preset, args.dtype, args.compile) == ("100m", "float32", False)
@@ -322,6 +322,25 @@ def test_with_cuda_no_option_is_needed(tmp_path, monkeypatch, pretend_cuda):
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--device", "cpu"])
     _, args = P.arguments()
     assert (args.preset, args.compile, args.workers) == ("tiny", False, 0)
+
+
+def test_with_cuda_a_pass_is_as_large_as_the_memory_allows(tmp_path, monkeypatch, pretend_cuda):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    sizes = []
+    for gib, bfloat16 in (40, True), (24, True), (15, False), (8, True), (1, False):
+        pretend_cuda(bfloat16, gib)
+        sizes.append(P.arguments()[1].micro_tokens)
+    assert sizes == [32_768, 16_384, 8192, 4096, 1024]
+
+
+def test_without_a_compiler_cuda_goes_on_uncompiled_and_says_so(tmp_path, monkeypatch, pretend_cuda, capsys):
+    monkeypatch.chdir(tmp_path)
+    pretend_cuda(bfloat16=True, compiles=False)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py"])
+    _, args = P.arguments()
+    assert (args.dtype, args.compile) == ("bfloat16", False)
+    assert [line for line in capsys.readouterr().out.splitlines() if "torch.compile" in line and "no_compiler_here" in line]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc, to see the workers")
@@ -418,6 +437,7 @@ BAD = [  # arguments, words in the last line
     ("--weight-decay -1", "--weight-decay"), ("--distractors 99", "distractors"), ("--distractors nan", "distractors"),
     ("--width 30", "--width"), ("--n-heads 3 --n-kv-heads 2 --width 36", "--n-heads"), ("--n-kv-heads 0", "--n-kv-heads"),
     ("--seed -1", "--seed"), ("--seed 99999999999999999999", "--seed"), ("--device nope", "nope"), ("--nope", "--nope"),
+    ("--device meta", "--device cpu"), (f"--width {10 ** 9}", "--width"), (f"--n-layers {10 ** 9}", "--n-layers"),
     ("--out afile/a.pt", "afile"), ("--out adirectory", "adirectory"), ("--out adirectory/", "adirectory"),
     ("--out a.jsonl", "a.jsonl"),
 ]
