@@ -625,9 +625,12 @@ def read_rows(path):
                 continue
             try:
                 row = json.loads(line)
-                prompt_text(row), row["solution"].split, row["template"].split, range(row["op"])
+                prompt_text(row), row["solution"].split, row["template"].split
+                if type(row["op"]) is not int or row["op"] < 1:  # true is an int, too
+                    raise ValueError
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise ValueError(f"{path} line {n} is not a row with problem, question, solution and op") from None
+                raise ValueError(f"{path} line {n} is not a row with problem, question, solution, template and op, an integer "
+                                 "above 0") from None
             rows.append(row)
     if not rows:
         raise ValueError(f"{path} has no rows")

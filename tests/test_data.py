@@ -940,7 +940,8 @@ GOOD_LINE = json.dumps(ROW).encode()
 
 @pytest.mark.parametrize("content", [
     b"", b"no json\n", b"[1, 2]\n", b"7\n", b"null\n", b"{}\n", GOOD_LINE.replace(b'"problem": "', b'"problem": 1, "x": "'),
-    GOOD_LINE + b"\n" + GOOD_LINE[:50], GOOD_LINE.replace(b'"op": 5', b'"op": "5"'), b"\xff\xfe\n", b"1" * 5000,
+    GOOD_LINE + b"\n" + GOOD_LINE[:50], GOOD_LINE.replace(b'"op": 5', b'"op": "5"'),
+    GOOD_LINE.replace(b'"op": 5', b'"op": true'), GOOD_LINE.replace(b'"op": 5', b'"op": -5'), b"\xff\xfe\n", b"1" * 5000,
 ], ids=lambda content: repr(content[:20]))
 def test_read_rows_rejects(tmp_path, content):
     path = tmp_path / "rows.jsonl"
