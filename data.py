@@ -527,10 +527,16 @@ def in_contexts(contexts, ops, weight=1.0):
     return ",".join(f"{context}:{ops}:{weight:g}" for context in contexts)
 
 
+def op_ranges(mixture):
+    """{context: [smallest op, largest op]}, of the cells that have a weight."""
+    cells = [cell for cell, weight in zip(mixture.cells, mixture.weights) if weight > 0]
+    ops = {context: [op for c, op in cells if c == context] for context, _ in cells}
+    return {context: [min(ops[context]), max(ops[context])] for context in ops}
+
+
 def contexts_of(mix):
     """The contexts of the text of a mixture. If those are all: ["all"]."""
-    mixture = parse_mixture(mix)
-    contexts = list(dict.fromkeys(context for (context, _), weight in zip(mixture.cells, mixture.weights) if weight > 0))
+    contexts = list(op_ranges(parse_mixture(mix)))
     return ["all"] if len(contexts) == len(CONTEXTS) else contexts
 
 

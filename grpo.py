@@ -229,9 +229,9 @@ def main():
         state["learnable"] = [learnable[op] for op in ops]
         if rank() == 0:
             save_checkpoint(args.out, dict(
-                stage="grpo", config=asdict(model.config), id_ops=id_ops, recipe=recipe, problems=state["step"] * args.prompts,
-                model=model.state_dict(), optimizer=optimizer.state_dict(), reference=reference and reference.state_dict(),
-                rng=torch.get_rng_state(), **state))
+                stage="grpo", config=asdict(model.config), id_ops=id_ops, id_ranges=init.get("id_ranges"), recipe=recipe,
+                problems=state["step"] * args.prompts, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                reference=reference and reference.state_dict(), rng=torch.get_rng_state(), **state))
 
     say(f"grpo from {args.init}, {model.n_params() / 1e6:.2f}M parameters; mixture {args.mix}{', curriculum' * args.curriculum}, "
         f"{world}; {allowance or args.steps:.6g} {'tokens' if allowance else 'steps'}, a step {args.prompts} prompts x "
