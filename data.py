@@ -532,10 +532,16 @@ def in_contexts(contexts, ops, weight=1.0):
     return ",".join(f"{context}:{ops}:{weight:g}" for context in contexts)
 
 
+def op_ranges(*mixtures):
+    """{context: [smallest op, largest op]}, of the cells that have a weight in one of the mixtures."""
+    cells = [cell for mixture in mixtures for cell, weight in zip(mixture.cells, mixture.weights) if weight > 0]
+    ops = {context: [op for c, op in cells if c == context] for context, _ in cells}
+    return {context: [min(ops[context]), max(ops[context])] for context in ops}
+
+
 def contexts_of(mix):
     """The contexts of the text of a mixture. If those are all: ["all"]."""
-    mixture = parse_mixture(mix)
-    contexts = list(dict.fromkeys(context for (context, _), weight in zip(mixture.cells, mixture.weights) if weight > 0))
+    contexts = list(op_ranges(parse_mixture(mix)))
     return ["all"] if len(contexts) == len(CONTEXTS) else contexts
 
 
@@ -630,9 +636,12 @@ def read_rows(path):
                 continue
             try:
                 row = json.loads(line)
-                prompt_text(row), row["solution"].split, row["template"].split, range(row["op"])
+                prompt_text(row), row["solution"].split, row["template"].split
+                if type(row["op"]) is not int or row["op"] < 1:  # true is an int, too
+                    raise ValueError
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise ValueError(f"{path} line {n} is not a row with problem, question, solution and op") from None
+                raise ValueError(f"{path} line {n} is not a row with problem, question, solution, template and op, an integer "
+                                 "above 0") from None
             rows.append(row)
     if not rows:
         raise ValueError(f"{path} has no rows")

@@ -10,20 +10,22 @@ Evaluation: pass@k over held-out problems, for the right answer and for the righ
 Three verdicts, each stricter than the one before (verify.py): outcome, the answer is right; verified, every step the
 answer needs is there with the right inputs and value (the paper's metric); strict, the text really proves it.
 
-Ops are grouped by the range m-M of pre-training (of the first checkpoint's) as in arXiv 2512.07783, where it is 2-10: ID m to M,
-OOD-edge up to 1.4 M (11-14), OOD-hard above (15-20); "below" are those under m. "+-" is half of a 95 % confidence interval
-over problems.
+Ops are grouped by the range m-M of pre-training (of the first checkpoint's) as in arXiv 2512.07783, where it is 2-10: ID m to
+M, OOD-edge up to 1.4 M (11-14), OOD-hard above (15-20); see group_of. The edge of a checkpoint, for grpo.py --ops edge, are the
+ops that are surely hard, and surely possible, for it: the interval of verified pass@1 ends below .5, that of pass@(largest k)
+begins above .05. [low high] is a 95 % interval over problems: it says nothing of other seeds of training. "no reasoning" is
+the outcome without any: the most frequent answer for every problem or, if that is better, the last number of the problem.
 """
 import argparse
 import collections
 import importlib.util
 import json
-import math
 import os
+import re
 
 from model import (add_world_options, at_least, check_outputs, choose_device, gather, n_ranks, one_line_errors, progress_bar,
                    rank, read_trained, run_script, sample, say, set_up, take_world)
-from verify import explain, verify
+from verify import explain, interval, parse, verify, write_whole
 import data
 import numpy as np
 import torch  # after model.py, which sets how its threads wait
@@ -44,29 +46,24 @@ def pass_at_k(n, c, k):
     return 1 - miss
 
 
-def interval(values, clusters=None):
-    """Mean of per-problem values and half the width of its 95 % confidence interval over problems (normal); None for one.
-
-    clusters: a number for each problem; those with the same one are not taken for independent of each other. Problem i has
-    the same context and number of distractors at every op, so an interval over several ops needs them.
-    """
-    values = np.asarray(values, float)
-    _, cluster = np.unique(range(len(values)) if clusters is None else clusters, return_inverse=True)
-    sums = np.bincount(cluster, values - values.mean())
-    half = 1.96 * math.sqrt(sums @ sums * len(sums) / (len(sums) - 1)) / len(values) if len(sums) > 1 else None
-    return float(values.mean()), half
-
-
-def estimates(ks, values, records):
-    """{"pass@1": mean, "pass@1 +-": half an interval, ...}; values: k -> a value for each of the records."""
+def estimates(ks, values, **bounds):
+    """{"pass@1": mean, "pass@1 interval": [low, high], ...}; values: k -> a value for each problem. bounds: see `interval`."""
     out = {}
     for k in ks:
-        out[f"pass@{k}"], out[f"pass@{k} +-"] = interval(values(k), [r["i"] for r in records])
+        of_k = values(k)
+        out |= {f"pass@{k}": float(np.mean(of_k)), f"pass@{k} interval": interval(of_k, **bounds).tolist()}
     return out
 
 
 def group_of(op, id_ops):
-    """ID, OOD-edge or OOD-hard, from the op and the range [m, M] of pre-training; "below" for ops smaller than m."""
+    """ID, OOD-edge or OOD-hard, from the op and the range [m, M] that pre-training saw of the context of the problem.
+
+    "below" are ops smaller than m, and "unseen" are all of a context that pre-training did not see, whose id_ops is None. So
+    after zoo:2-4,school:2 school op 3 is OOD-edge while zoo op 3 is ID: no table calls ID what was not in the training data.
+    How far a context gets that was seen at op 2 only is best read op by op, with --context school.
+    """
+    if id_ops is None:
+        return "unseen"
     beyond = "below" if op < id_ops[0] else "OOD-hard"
     return next((name for name, (low, high) in data.op_groups(id_ops).items() if low <= op <= high), beyond)
 
@@ -92,7 +89,7 @@ def arguments():
     p.add_argument("--json", default="out/eval.json", help="where to write the numbers (default out/eval.json)")
     p.add_argument("--plot", metavar="PNG", help="draw pass@1 and pass@k over op (needs matplotlib)")
     p.add_argument("--show", type=at_least(0), default=0, metavar="N", help="print N sampled solutions, each step marked")
-    p.add_argument("--rows", type=at_least(1), help="samples that run at a time (default 6144, on a CPU 512)")
+    p.add_argument("--rows", type=at_least(1), help="samples that run at a time, at most (default 6144, on a CPU 512)")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     p.set_defaults(dtype=None, compile=False)
     args = p.parse_args()
@@ -109,9 +106,12 @@ def arguments():
             raise ValueError("there is no checkpoint in out/: run python pretrain.py first, or name one")
         args.loaded = [(path, *read_trained(path, data.VOCABULARY)) for path in args.checkpoints]
         args.id_ops = args.loaded[0][1]["id_ops"]
+        args.id_ranges = args.loaded[0][1].get("id_ranges") or dict.fromkeys(data.CONTEXTS, args.id_ops)  # old ones have none
         take_world(args, args.loaded[0][1]["recipe"], data.World())
         args.context = args.context or ",".join(data.contexts_of(args.loaded[0][1]["recipe"].get("mix", "2-10")))
         args.problem_rows = problems_of(args)
+        if not args.json.endswith(".json"):  # a checkpoint, say
+            raise ValueError(f"--json {args.json} must end in .json")
         if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
             raise ValueError(f"--plot {args.plot} must end in .png, .pdf or .svg")
         check_outputs(args.json, *filter(None, [args.plot]), inputs=[*args.checkpoints, *filter(None, [args.data])])
@@ -124,7 +124,9 @@ def problems_of(args):
         world = data.World(args.distractors, args.max_parents, args.max_value)
         ops = data.parse_ops(args.ops or f"2-{min(2 * args.id_ops[1], data.MAX_OP)}")
         mixtures = {op: data.parse_mixture(data.in_contexts(args.context.split(","), op)) for op in ops}
-        return {op: [data.make_row(i, mixtures[op], args.seed, "eval", world) for i in range(args.problems)] for op in ops}
+        # each op has numbers i of its own: the same i would mean the same context and number of distractors at every op
+        return {op: [data.make_row(op * 10 ** 6 + i, mixtures[op], args.seed, "eval", world) for i in range(args.problems)]
+                for op in ops}
     rows = [r for r in data.read_rows(args.data)
             if args.context == "all" or data.TEMPLATE_TO_CONTEXT.get(r["template"], r["template"]) in args.context.split(",")]
     for n, row in enumerate(rows, 1):
@@ -141,9 +143,10 @@ def problems_of(args):
 def evaluate(model, problem_rows, args, device, precision, progress=None):
     """Sample n solutions for every problem and verify them.
 
-    Returns a list of records, one for each problem of this rank: op, i (its number among those of its op), context, distractors
-    (how many), right ({verdict: how many of n}), errors ({name of an error: in how many samples}), hacked (right answer, wrong
-    process), truncated, and the text of the first sample.
+    Returns a list of records, one for each problem of this rank: op, i (its number among those of its op), context, group,
+    distractors (how many), answer, last_is_answer (whether the last number of the problem is the answer), right ({verdict: how
+    many of n}), errors ({name of an error: in how many samples}), hacked (right answer, wrong process), truncated, and the text
+    of the first sample.
     """
     enc, buffers, records = data.tokenizer(), {}, []
     stop = enc.encode_single_token(data.END)
@@ -164,9 +167,11 @@ def evaluate(model, problem_rows, args, device, precision, progress=None):
             verdicts = [verify(row["solution"], text) for text in texts]
             errors = collections.Counter(name for v in verdicts for name in {e.split(":")[0] for e in v["errors"]})
             needed = row["solution"].count("Define ") - row["solution"].count("Define total ")
+            context, answer = data.TEMPLATE_TO_CONTEXT.get(row["template"], row["template"]), parse(row["solution"]).answer
             records.append(dict(
-                op=op, i=rank() + j * n_ranks(), context=data.TEMPLATE_TO_CONTEXT.get(row["template"], row["template"]),
-                distractors=row["problem"].count(" equals ") - needed, errors=errors,
+                op=op, i=rank() + j * n_ranks(), context=context, group=group_of(op, args.id_ranges.get(context)),
+                distractors=row["problem"].count(" equals ") - needed, errors=errors, answer=answer,
+                last_is_answer=re.findall("[0-9]+", row["problem"])[-1:] == [str(answer)],
                 right={name: sum(verdict[name] for verdict in verdicts) for name in VERDICTS},
                 hacked=sum(v["outcome"] and not v["verified"] for v in verdicts),
                 truncated=sum(stop not in ids for ids in mine), row=row, text=texts[0]))
@@ -176,80 +181,87 @@ def evaluate(model, problem_rows, args, device, precision, progress=None):
 def summarize(records, args):
     """Numbers of one checkpoint, as they go into the JSON file."""
     def numbers(chosen):
-        return {v: estimates(args.k, lambda k: pass_at_k(args.n, [r["right"][v] for r in chosen], k), chosen)
-                for v in VERDICTS}
+        right = {v: [r["right"][v] for r in chosen] for v in VERDICTS}
+        errors, samples = sum((r["errors"] for r in chosen), collections.Counter()), len(chosen) * args.n
+        (_, most_frequent), = collections.Counter(r["answer"] for r in chosen).most_common(1)
+        return {v: estimates(args.k, lambda k: pass_at_k(args.n, right[v], k)) for v in VERDICTS} | dict(
+            baseline=max(most_frequent, sum(r["last_is_answer"] for r in chosen)) / len(chosen),
+            hacked=sum(r["hacked"] for r in chosen) / max(1, sum(right["outcome"])),
+            truncated=sum(r["truncated"] for r in chosen) / samples,
+            errors={name: errors[name] / samples for name in sorted(errors)})
 
     def by(key, chosen=records):
-        return {name: numbers([r for r in chosen if key(r) == name]) for name in dict.fromkeys(map(key, chosen))}
+        return {name: numbers([r for r in chosen if key(r) == name]) for name in sorted({key(r) for r in chosen})}
 
     def group(r):
-        return group_of(r["op"], args.id_ops)
+        return r["group"]
 
     def few_or_many(r):
         return "0-1" if r["distractors"] < 2 else "2-4" if r["distractors"] < 5 else "5-12"
 
-    samples = len(records) * args.n
-    summary = dict(groups=by(group), ops={str(op): v for op, v in by(lambda r: r["op"]).items()},
-                   contexts={c: by(group, [r for r in records if r["context"] == c])
-                             for c in sorted({r["context"] for r in records})},
-                   # problem i has the same number of distractors at every op, so each bin of a group has the same mix of ops
-                   distractors={g: dict(sorted(by(few_or_many, [r for r in records if group(r) == g]).items()))
-                                for g in dict.fromkeys(map(group, records))},
-                   hacked=sum(r["hacked"] for r in records) / max(1, sum(r["right"]["outcome"] for r in records)),
-                   truncated=sum(r["truncated"] for r in records) / samples,
-                   errors={name: sum(r["errors"].get(name, 0) for r in records) / samples
-                           for name in sorted({e for r in records for e in r["errors"]})})
-    first, last = f"pass@{args.k[0]}", f"pass@{args.k[-1]}"
-    edge = [int(op) for op, v in summary["ops"].items() if v["verified"][first] < 0.5 and v["verified"][last] >= 0.05]
-    summary["edge"] = [min(edge), max(edge)] if edge else None
-    return summary
+    summary = numbers(records) | dict(
+        groups=by(group), ops={str(op): v for op, v in by(lambda r: r["op"]).items()},
+        contexts={c: by(group, [r for r in records if r["context"] == c]) for c in sorted({r["context"] for r in records})},
+        distractors={g: by(few_or_many, [r for r in records if r["group"] == g]) for g in sorted(set(map(group, records)))})
+    first, last = f"pass@{args.k[0]} interval", f"pass@{args.k[-1]} interval"
+    edge = [int(op) for op, v in summary["ops"].items() if v["verified"][first][1] < 0.5 and v["verified"][last][0] > 0.05]
+    return summary | dict(edge=[min(edge), max(edge)] if edge else None)
 
 
 def differences(records, others, args):
-    """How much better `records` are than `others` on the same problems: {group: {"pass@1": mean, "pass@1 +-": half}}.
+    """How much better `records` are than `others` on the same problems, in verified pass@k: {group: estimates}.
 
-    Of verified pass@k. The interval is over the differences problem by problem, which is narrower than it would be
-    without the pairing.
+    The interval is over the differences problem by problem, which is narrower than it would be without the pairing.
     """
     out = {}
-    for name in dict.fromkeys(group_of(r["op"], args.id_ops) for r in records):
-        mine, theirs = ([r for r in rs if group_of(r["op"], args.id_ops) == name] for rs in (records, others))
-        out[name] = estimates(args.k, lambda k: np.subtract(*(
-            pass_at_k(args.n, [r["right"]["verified"] for r in rs], k) for rs in (mine, theirs))), mine)
+    for name in sorted({r["group"] for r in records}):
+        mine, theirs = ([r["right"]["verified"] for r in rs if r["group"] == name] for rs in (records, others))
+        out[name] = estimates(args.k, lambda k: pass_at_k(args.n, mine, k) - pass_at_k(args.n, theirs, k), low=-1)
     return out
 
 
-def table(results, args):
-    """Text table, a line an op and a group. One checkpoint: every pass@k and verdict; several: verified, least and most k."""
-    ks = [f"pass@{k}" for k in args.k]
-    if len(results) == 1:
-        columns = [("verified", k) for k in ks] + [("outcome", ks[0]), ("strict", ks[0])]
-    else:
-        columns = [("verified", k) for k in dict.fromkeys((ks[0], ks[-1]))]
-    width = 14
+def another_init(checkpoint, loaded):
+    """The path of that of the loaded checkpoints which lies where this one was made from, but is of another run; else None."""
+    init, run = (checkpoint["recipe"].get(name) for name in ("init", "init_run"))
+    return next((path for path, other, _ in loaded if init and run and os.path.realpath(path) == os.path.realpath(init)
+                 and other.get("run", init) != run), None)
 
-    def cell(numbers, k, form=".3f"):
-        half = numbers[f"{k} +-"]
-        return f"{numbers[k]:{form}}" + (f" +-{half:.2f}" if half is not None else " " * 7)
+
+def table(results, args):
+    """Text table, a line an op and a group. One checkpoint: every pass@k and verdict. Several: least and most k, and all but
+    `verified` for groups only."""
+    ks, some = [f"pass@{k}" for k in args.k], next(iter(results.values()))
+
+    def short(x, sign=""):
+        return f"{x:{sign}.3f}".replace("0.", ".")
+
+    def cell(numbers, k, sign=""):
+        return "{} [{} {}]".format(*(short(x, sign) for x in (numbers[k], *numbers[f"{k} interval"])))
 
     def line(title, cells):
-        return f"{title:<10}" + "".join(f"{c:>{width}}" for c in cells)
+        return f"{title:<10}" + "".join(f"{c:>20}" for c in cells)
 
-    lines = []
-    if len(results) > 1:
-        lines += [line("", [name[-width * len(columns) + 2:].rjust(width * len(columns)) for name in results])]
-    lines += [line("", [v for v, _ in columns] * len(results)), line("", [k for _, k in columns] * len(results))]
-    some = next(iter(results.values()))
-    for section, title in (("ops", "op "), ("groups", "")):
-        lines.append("")
-        for key in some[section]:
-            lines.append(line(title + key, [cell(r[section][key][v], k) for r in results.values() for v, k in columns]))
-    for key, title in (("against_first", "change against the first"), ("against_previous", "change against the one before")):
+    if len(results) == 1:
+        columns = [("verified", k) for k in ks] + [("strict", ks[0]), ("outcome", ks[0])]
+        lines = [line("", [verdict for verdict, _ in columns] + ["no reasoning"]), line("", [k for _, k in columns])]
+        for section, title in (("ops", "op "), ("groups", "")):
+            lines += ["", *(line(title + key, [cell(v[verdict], k) for verdict, k in columns] + [short(v["baseline"])])
+                            for key, v in some[section].items())]
+        return "\n".join(lines)
+    ks = list(dict.fromkeys((ks[0], ks[-1])))
+    width = 20 * len(ks)
+    lines = [" " * 10 + "".join(f"{name[2 - width:]:>{width}}" for name in results), line("", ks * len(results))]
+    no_reasoning = ", ".join(f"{group} {short(v['baseline'])}" for group, v in some["groups"].items())
+    for verdict, section, title in (("verified", "ops", "op "), ("verified", "groups", ""), ("strict", "groups", ""),
+                                    ("outcome", "groups", "")):
+        lines += ["", verdict + f" (no reasoning: {no_reasoning})" * (verdict == "outcome")]
+        lines += [line(title + key, [cell(r[section][key][verdict], k) for r in results.values() for k in ks])
+                  for key in some[section]]
+    for key, title in (("against_first", "the first"), ("against_previous", "the one before")):
         if any(key in r for r in results.values()):
-            lines += ["", title]
-            for group in some["groups"]:
-                lines.append(line(group, [cell(r[key][group], k, "+.3f") if key in r else ""
-                                          for r in results.values() for _, k in columns]))
+            lines += ["", f"verified, change against {title}"]
+            lines += [line(group, [cell(r[key][group], k, "+") if key in r else "" for r in results.values() for k in ks])
+                      for group in some["groups"]]
     return "\n".join(lines)
 
 
@@ -263,7 +275,7 @@ def show(records, count):
 
 
 def plot(results, args):
-    """Draw pass@(smallest k) and pass@(largest k) of `verified` over op, a colour a checkpoint."""
+    """Draw pass@(smallest k) and pass@(largest k) of `verified` over op with intervals over problems, a colour a checkpoint."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -273,12 +285,13 @@ def plot(results, args):
         ops = [int(op) for op in result["ops"]]
         for k, style in dict.fromkeys(((low, "-o"), (high, "--s"))):
             values = [result["ops"][str(op)]["verified"] for op in ops]
-            mean, half = [v[k] for v in values], [v[f"{k} +-"] or 0 for v in values]
-            axes.errorbar(ops, mean, half, fmt=style, color=color, capsize=2, markersize=4, linewidth=1.5,
-                          label=f"{name}: {k}")
-    ops = [int(op) for op in next(iter(results.values()))["ops"]]
+            ends = [np.abs(np.subtract(v[f"{k} interval"], v[k])) for v in values]
+            axes.errorbar(ops, [v[k] for v in values], np.transpose(ends), fmt=style, color=color, capsize=2, markersize=4,
+                          linewidth=1.5, label=f"{name}: {k}")
+    result = next(iter(results.values()))
+    ops, ranges = [int(op) for op in result["ops"]], [args.id_ranges.get(context) for context in result["contexts"]]
     for group, color in (("below", "0.95"), ("ID", "1.0"), ("OOD-edge", "0.95"), ("OOD-hard", "0.88")):
-        inside = [op for op in ops if group_of(op, args.id_ops) == group]
+        inside = [op for op in ops if {group_of(op, id_ops) for id_ops in ranges} == {group}]  # in every context
         if inside:
             axes.axvspan(inside[0] - 0.5, inside[-1] + 0.5, color=color, zorder=0)
             axes.text(inside[0] - 0.45, 1.02, group, va="bottom", fontsize=9)
@@ -294,14 +307,16 @@ def report(results, args):
     for path, r in results.items():
         bins = sorted({b for by_number in r["distractors"].values() for b in by_number})
         common = sorted(r["errors"].items(), key=lambda e: -e[1])[:4]
-        say(f"{path}\n  edge (verified {first} below 0.5, pass@{args.k[-1]} at least 0.05): "
-              + (f"op {r['edge'][0]}-{r['edge'][1]}" if r["edge"] else "none")
-              + f"\n  verified {first} with {', '.join(bins)} distractors: " + "; ".join(f"{group} " + " ".join(
-                  f"{by_number[b]['verified'][first]:.2f}" if b in by_number else "-" for b in bins)
-                  for group, by_number in r["distractors"].items())
-              + f"\n  right answer by wrong reasoning: {100 * r['hacked']:.1f} % of the right answers; cut off: "
-              f"{100 * r['truncated']:.1f} %\n  most frequent errors, in % of the samples: "
-              + (", ".join(f"{name} {100 * part:.0f}" for name, part in common) or "none"))
+        if r["init_of_another_run"]:
+            say(f"warning: {path} was made from another run of {r['init_of_another_run']} than the one shown here")
+        say(f"{path}\n  edge (verified {first} surely below 0.5, pass@{args.k[-1]} surely above 0.05): "
+            + (f"op {r['edge'][0]}-{r['edge'][1]}" if r["edge"] else "none")
+            + f"\n  verified {first} with {', '.join(bins)} distractors: " + "; ".join(f"{group} " + " ".join(
+                f"{by_number[b]['verified'][first]:.2f}" if b in by_number else "-" for b in bins)
+                for group, by_number in r["distractors"].items())
+            + f"\n  right answer by wrong reasoning: {100 * r['hacked']:.1f} % of the right answers; cut off: "
+            f"{100 * r['truncated']:.1f} %\n  most frequent errors, in % of the samples: "
+            + (", ".join(f"{name} {100 * part:.0f}" for name, part in common) or "none"))
 
 
 def main():
@@ -324,27 +339,27 @@ def main():
 
         with progress_bar() as show_progress:
             records = evaluate(model.to(device), args.problem_rows, args, device, precision, progress)
-        records = sorted(gather(records), key=lambda r: r["op"])
+        records = sorted(gather(records), key=lambda r: (r["op"], r["i"]))
         results[path] = summarize(records, args) | {name: checkpoint.get(name) for name in ("stage", "step", "problems", "run")}
+        results[path]["init_of_another_run"] = another_init(checkpoint, args.loaded)
         if all_records:
             results[path]["against_first"] = differences(records, all_records[0], args)
         if len(all_records) > 1:
             results[path]["against_previous"] = differences(records, all_records[-1], args)
         all_records.append(records)
-        if rank() == 0 and args.show:
-            say(f"\n{path}")
-            show(records, args.show)
     if rank():
         return
 
     settings = {name: getattr(args, name) for name in ("n", "k", "problems", "temperature", "distractors", "max_parents",
-                                                       "max_value", "seed", "context", "data", "id_ops")}
-    json_file = os.path.realpath(args.json)
-    with open(f"{json_file}.part", "w", encoding="utf-8") as f:
-        json.dump({"checkpoints": results, "settings": settings}, f, indent=1)
-    os.replace(f"{json_file}.part", json_file)
-    say("\n" + table(results, args) + "\n")
-    report(results, args)
+                                                       "max_value", "seed", "context", "data", "id_ops", "id_ranges")}
+    try:  # first, since whoever reads what is printed may go away
+        write_whole(os.path.realpath(args.json), json.dumps({"checkpoints": results, "settings": settings}, indent=1))
+    finally:  # if it cannot be written, this is all that is left
+        for path, records in zip(results, all_records) if args.show else ():
+            say(f"\n{path}")
+            show(records, args.show)
+        say("\n" + table(results, args) + "\n\n[low high]: 95 % interval over problems\n")
+        report(results, args)
     say(f"numbers: {args.json}")
     if args.plot:
         plot(results, args)

@@ -47,7 +47,7 @@ from model import (add_gradients, add_start_options, any_rank, at_least, become_
                    mean_loss, n_at_a_time, n_ranks, noted_interrupts, one_line_errors, open_run, progress_bar, rank, read_edge,
                    read_start, run_script, sample, save_checkpoint, say, set_up, stage_parser, step_batches,
                    sum_gradients_over_ranks, sum_over_ranks, take_world, to_device, write_metrics)
-from verify import REWARDS, reward, verify
+from verify import REWARDS, interval, reward, verify
 import data
 import numpy as np
 import torch  # after model.py, which sets how its threads wait
@@ -231,9 +231,9 @@ def main():
                                     args.rows, buffers=buffers)
 
     def held_out():
-        """Verified pass@1 on held-out problems at evaluate.py's temperature, 4 samples each: {"ID": x, "OOD-edge": y}."""
+        """Verified pass@1 on held-out problems at evaluate.py's temperature, 4 samples each, as `estimates` gives it."""
         verdicts = {name: judge(rows, sample_solutions(rows, 4, 0.7, rank())[1], map_fn) for name, rows in eval_rows.items()}
-        return {name: float(np.mean(gather([v["verified"] for v in of_group]))) for name, of_group in verdicts.items()}
+        return estimates(verdicts, 4)
 
     def progress():
         """From 0 to 1: the share of the steps, or of the tokens of the budget, that is done."""
@@ -243,9 +243,9 @@ def main():
         state["learnable"] = [learnable[op] for op in ops]
         if rank() == 0:
             save_checkpoint(args.out, dict(
-                stage="grpo", config=asdict(model.config), id_ops=id_ops, recipe=recipe, problems=state["step"] * args.prompts,
-                model=model.state_dict(), optimizer=optimizer.state_dict(), reference=reference and reference.state_dict(),
-                rng=torch.get_rng_state(), **state))
+                stage="grpo", config=asdict(model.config), id_ops=id_ops, id_ranges=init.get("id_ranges"), recipe=recipe,
+                problems=state["step"] * args.prompts, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                reference=reference and reference.state_dict(), rng=torch.get_rng_state(), **state))
 
     say(f"grpo from {args.init}, preset {args.preset}: {model.n_params() / 1e6:.2f}M parameters; mixture {args.mix}"
         f"{', curriculum' * args.curriculum}, {world}; {allowance or args.steps:.6g} {'tokens' if allowance else 'steps'}, a step "
@@ -370,8 +370,18 @@ def means(records, sums, grad_norms):
         entropy=sums["entropy"] / n, mismatch=sums["mismatch"] / n_fresh, grad_norm=sum(grad_norms) / len(grad_norms))
 
 
-def as_text(values):
-    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+def estimates(verdicts, n):
+    """{group: n verdicts for each problem of this rank} -> verified pass@1, {"ID": mean, "ID interval": [low, high], ...}."""
+    found = {}
+    for name, of_group in verdicts.items():
+        values = np.reshape(gather([v["verified"] for v in of_group]), (-1, n)).mean(1)
+        found |= {name: float(values.mean()), f"{name} interval": interval(values).tolist()}
+    return found
+
+
+def as_text(held_out):
+    return ", ".join("{} {:.3f} [{:.3f} {:.3f}]".format(name, held_out[name], *held_out[f"{name} interval"])
+                     for name in held_out if f"{name} interval" in held_out) + " (over problems)"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

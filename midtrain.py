@@ -80,7 +80,7 @@ def main():
     parser, args, init, model = arguments()
     device, precision = set_up(args)
     mixture = data.parse_mixture(args.mix)
-    id_ops = init["id_ops"]  # "in distribution" is what pre-training saw
+    id_ops, id_ranges = init["id_ops"], init.get("id_ranges")  # "in distribution" is what pre-training saw
 
     model.to(device).train()
     optimizers = make_optimizers(model, args.lr, args.weight_decay, args.momentum if args.optimizer == "muon" else None,
@@ -104,9 +104,10 @@ def main():
     def save(step):
         if rank() == 0:
             save_checkpoint(args.out, dict(
-                stage=STAGE, config=asdict(model.config), id_ops=id_ops, recipe=recipe, run=state["run"], step=step,
-                problems=step * args.batch, tokens=int(tokens), seconds=time.perf_counter() - began, val_loss=val_loss,
-                model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state()))
+                stage=STAGE, config=asdict(model.config), id_ops=id_ops, id_ranges=id_ranges, recipe=recipe, run=state["run"],
+                step=step, problems=step * args.batch, tokens=int(tokens), seconds=time.perf_counter() - began,
+                val_loss=val_loss, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
+                rng=torch.get_rng_state()))
 
     say(f"{STAGE}, preset {args.preset}: {model.n_params() / 1e6:.2f}M parameters, {model.config.n_layers} layers of width "
         f"{model.config.width}; mixture {args.mix}, {world}; {args.steps} steps of {args.batch} problems; {args.optimizer}, "

@@ -505,22 +505,22 @@ def sample(model, prompts, stop, n=1, max_new=256, temperature=1.0, generator=No
     """Continue each prompt n times, until the token `stop` or for `max_new` tokens (at least 1).
 
     prompts: lists of token ids, none empty. temperature: 0 takes the most likely token. generator: a torch.Generator on the
-    model's device. rows: how many rows run at a time. progress: a function that is called after each such batch with
+    model's device. rows: how many rows run at a time, at most. progress: a function that is called after each such batch with
     [(index of the row, its tokens)]. buffers: a dict, {} at first, that keeps CUDA graphs and their memory for later calls
     with models of the same sizes and precision. On a CPU it stays empty.
 
     Returns two lists in the order of the prompts, n rows a prompt: the tokens of each row (with `stop`, if it came) and
     their log-probabilities in nats at the sampling temperature (at temperature 1 if that is 0), a float32 tensor on the CPU.
     """
-    results, per_batch = {}, max(1, rows // n)
+    results, per_batch, per_prompt = {}, max(1, rows // n), min(n, rows)
     buffers = {} if buffers is None else buffers
     # similar lengths together need little padding; on CUDA the longest first, since graphs are lost when memory has to grow
     order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]), reverse=model.embed_tokens.weight.is_cuda)
-    for first in range(0, len(order), per_batch):
-        batch = order[first:first + per_batch]
-        rows_of_batch = [p * n + i for p in batch for i in range(n)]
+    for first, start in itertools.product(range(0, len(order), per_batch), range(0, n, per_prompt)):
+        batch, some = order[first:first + per_batch], range(start, min(start + per_prompt, n))
+        rows_of_batch = [p * n + i for p in batch for i in some]
         results.update(zip(rows_of_batch, _sample_batch(
-            model, [prompts[p] for p in batch], stop, n, max_new, temperature, generator, buffers)))
+            model, [prompts[p] for p in batch], stop, len(some), max_new, temperature, generator, buffers)))
         if progress:
             progress([(row, results[row][0]) for row in rows_of_batch])
     return [results[row][0] for row in sorted(results)], [results[row][1] for row in sorted(results)]
@@ -1177,7 +1177,8 @@ def read_edge(path, checkpoint, run):
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"--ops edge needs {checkpoint}, as it is now, in {path}: run python evaluate.py {checkpoint}") from None
     if edge is None:
-        raise ValueError(f"{path} names no edge for {checkpoint}: no op has low pass@1 and some pass@k; give --ops")
+        raise ValueError(f"{path} names no edge for {checkpoint}: no op has surely low pass@1 and some pass@k; give --ops, or "
+                         "evaluate more --problems")
     return "{}-{}".format(*edge)
 
 

@@ -112,8 +112,9 @@ def main():
     device, precision = set_up(args)
     mixtures = [data.parse_mixture(spec) for spec in (args.mix, args.late_mix)]
     worlds = [data.World(mean, args.max_parents, args.max_value) for mean in (args.distractors, args.late_distractors)]
-    # the range that is "in distribution" (ID) for the later stages and evaluate.py
-    id_ops = [extreme(op for m in mixtures for (_, op), weight in zip(m.cells, m.weights) if weight > 0) for extreme in (min, max)]
+    # what is "in distribution" (ID) for the later stages and evaluate.py: the range of each context, and over all of them
+    id_ranges = data.op_ranges(*mixtures)
+    id_ops = [min(m for m, _ in id_ranges.values()), max(M for _, M in id_ranges.values())]
 
     model = new_model(args).to(device)
     optimizers = make_optimizers(model, args.lr, args.weight_decay, args.momentum if args.optimizer == "muon" else None,
@@ -136,9 +137,10 @@ def main():
     def save(step):
         if rank() == 0:
             save_checkpoint(args.out, dict(
-                stage=STAGE, config=asdict(model.config), id_ops=id_ops, recipe=recipe, run=state["run"], step=step,
-                problems=step * args.batch, tokens=int(tokens), seconds=time.perf_counter() - began, val_loss=val_loss,
-                model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], rng=torch.get_rng_state()))
+                stage=STAGE, config=asdict(model.config), id_ops=id_ops, id_ranges=id_ranges, recipe=recipe, run=state["run"],
+                step=step, problems=step * args.batch, tokens=int(tokens), seconds=time.perf_counter() - began,
+                val_loss=val_loss, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
+                rng=torch.get_rng_state()))
 
     say(f"{STAGE}, preset {args.preset}: {model.n_params() / 1e6:.2f}M parameters, {model.config.n_layers} layers of width "
         f"{model.config.width}; mixture {args.mix}, {worlds[0]}, from {args.late_from:.0%} of the steps on {args.late_mix}, "

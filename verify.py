@@ -33,6 +33,8 @@ import string
 import sys
 from typing import NamedTuple, Optional
 
+import numpy as np
+
 # -----------------------------------------------------------------------------
 # names of errors: every string in a verdict's `errors` is one of these, then ": " and a detail
 
@@ -385,6 +387,20 @@ def reward(verdict, kind, alpha=0.2):
     if kind == "mixed":
         return alpha * verdict["outcome"] + (1 - alpha) * verdict["process"]
     return float(verdict[kind])
+
+
+def interval(values, low=0, high=1):
+    """The 95 % interval, over problems, of the mean of values in low..high, one for each problem: (..., problems) -> (2, ...).
+
+    The normal interval after one more problem at either end (Agresti and Coull 1998 add two). So it does not shrink to a point
+    where all values are equal: none solved of 100 problems still allows for 3 %. It holds at 93 to 99 % in simulations of
+    problems whose pass@k is from .01 to .99 in the mean. With low=-1, the values may be differences.
+    """
+    values, n = np.asarray(values, float), np.shape(values)[-1] + 2
+    mean = (values.sum(-1) + low + high) / n
+    variance = ((values ** 2).sum(-1) + low ** 2 + high ** 2) / n - mean ** 2
+    half = 1.96 * np.sqrt(variance / n)
+    return np.clip([mean - half, mean + half], low, high)
 
 
 # -----------------------------------------------------------------------------

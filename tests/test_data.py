@@ -631,6 +631,11 @@ def test_mixture_rejects(spec):
     assert "\n" not in str(error.value) and len(str(error.value)) > 15
 
 
+def test_the_range_of_each_context_is_of_what_has_a_weight():
+    mixture = data.parse_mixture("zoo:3-4:0.9,school:2:0.1,zoo:7,zoo:20:0,movie:2:0")
+    assert data.op_ranges(mixture) == {"zoo": [3, 7], "school": [2, 2]}
+
+
 @pytest.mark.parametrize("text, ops", [("5", [5]), ("2-4", [2, 3, 4]), (" 7-7 ", [7]), ("30", [30])])
 def test_parse_ops(text, ops):
     assert data.parse_ops(text) == ops
@@ -948,7 +953,8 @@ GOOD_LINE = json.dumps(ROW).encode()
 
 @pytest.mark.parametrize("content", [
     b"", b"no json\n", b"[1, 2]\n", b"7\n", b"null\n", b"{}\n", GOOD_LINE.replace(b'"problem": "', b'"problem": 1, "x": "'),
-    GOOD_LINE + b"\n" + GOOD_LINE[:50], GOOD_LINE.replace(b'"op": 5', b'"op": "5"'), b"\xff\xfe\n", b"1" * 5000,
+    GOOD_LINE + b"\n" + GOOD_LINE[:50], GOOD_LINE.replace(b'"op": 5', b'"op": "5"'),
+    GOOD_LINE.replace(b'"op": 5', b'"op": true'), GOOD_LINE.replace(b'"op": 5', b'"op": -5'), b"\xff\xfe\n", b"1" * 5000,
 ], ids=lambda content: repr(content[:20]))
 def test_read_rows_rejects(tmp_path, content):
     path = tmp_path / "rows.jsonl"

@@ -10,6 +10,9 @@ import json
 import math
 import os
 import re
+import resource
+import subprocess
+import sys
 import types
 from contextlib import nullcontext
 from fractions import Fraction
@@ -20,9 +23,10 @@ import torch
 
 import data
 import evaluate
-from conftest import BROKEN, TINY, assert_refused, checkpoint_with, put, run, run_ranks
-from evaluate import group_of, interval, pass_at_k
+from conftest import BROKEN, ROOT, TINY, assert_refused, checkpoint_with, put, run, run_ranks
+from evaluate import group_of, pass_at_k
 from model import load_checkpoint, save_checkpoint
+from verify import interval
 
 # ----------------------------------------------------------------------------------------------------------------------
 # estimators
@@ -43,21 +47,53 @@ def test_pass_at_k_of_arrays_and_large_numbers():
     assert pass_at_k(128, c, 1) == pytest.approx(c / 128)
 
 
-def test_interval_is_the_normal_one_over_problems():
-    mean, half = interval([0, 1, 1, 0])  # variance 4 * 0.25 / 3, of the mean a quarter of that
-    assert (mean, half) == pytest.approx((0.5, 1.96 * math.sqrt(1 / 12)))
-    mean, half = interval([0.1, 0.2, 0.6])
-    assert (mean, half) == pytest.approx((0.3, 1.96 * math.sqrt((0.04 + 0.01 + 0.09) / 2 / 3)))
-    assert interval([0.5] * 10) == (0.5, 0.0)
-    assert interval([1]) == (1, None)  # one problem says nothing about others
+def test_an_interval_is_the_normal_one_with_one_more_problem_at_either_end():
+    def by_hand(*values):
+        half = 1.96 * math.sqrt(sum((v - np.mean(values)) ** 2 for v in values)) / len(values)
+        return np.mean(values) - half, np.mean(values) + half
+
+    for values in ([0, 1, 1, 0], [0.1, 0.2, 0.6], [0.5]):
+        assert interval(values) == pytest.approx(by_hand(*values, 0, 1))
+    assert interval([[0.1, 0.2], [0.3, 0.4]]).T.tolist() == [interval([0.1, 0.2]).tolist(), interval([0.3, 0.4]).tolist()]
+    assert interval([0.0, -0.5, 0.25], low=-1) == pytest.approx(by_hand(0, -0.5, 0.25, -1, 1))
+    low, high = interval([0] * 100)  # nothing was seen: the rule of three says at most 3 %
+    assert low == 0 and high == pytest.approx(0.03, abs=0.002)
+    low, high = interval([0] * 100, low=-1)
+    assert -low == high == pytest.approx(0.03, abs=0.004)
 
 
-def test_an_interval_counts_what_is_not_independent_once():
-    values = [0.1, 0.2, 0.6, 0.9]
-    assert interval(values, [7, 3, 5, 4]) == pytest.approx(interval(values))
-    assert interval([*values, *values], [0, 1, 2, 3, 0, 1, 2, 3]) == pytest.approx(interval(values))  # nothing was added
-    # two clusters whose sums of differences from the mean of 0.5 are 0.6 and -0.6: variance 2 * 0.72, of the sum
-    assert interval([1, 0.6, 0.4, 0], [0, 0, 1, 1]) == pytest.approx((0.5, 1.96 * math.sqrt(1.44) / 4))
+def simulated(rng, mean, spread, n, k, trials=1000):
+    """Problems whose chances are Beta distributed, 16 samples each: pass@k of n of them, `trials` times, and the true one."""
+    a, b = mean * spread, (1 - mean) * spread
+    right = rng.binomial(16, rng.beta(a, b, (trials, n)))
+    return pass_at_k(16, right, k), 1 - np.prod([(b + j) / (a + b + j) for j in range(k)])
+
+
+def share_inside(ends, truth):
+    return np.mean((ends[0] <= truth) & (truth <= ends[1]))
+
+
+def test_intervals_hold_for_rare_and_for_common_success():
+    rng, normal_fails = np.random.default_rng(0), 0
+    for mean, spread, n, k in itertools.product((0.01, 0.05, 0.3, 0.5, 0.9, 0.99), (0.5, 3), (50, 200), (1, 16)):
+        values, truth = simulated(rng, mean, spread, n, k)
+        ends, error = interval(values), 1.96 * values.std(-1) / math.sqrt(n)
+        assert share_inside(ends, truth) > 0.93, (mean, spread, n, k)
+        assert np.mean(ends[1] - ends[0]) < 2 * (1.96 * values.mean(-1).std() + 2 / n), (mean, spread, n, k)
+        normal_fails += share_inside([values.mean(-1) - error, values.mean(-1) + error], truth) < 0.9
+    assert normal_fails > 10
+
+
+def test_intervals_of_changes_hold():
+    rng, normal_fails = np.random.default_rng(0), 0
+    for (before, after), spread, n, k in itertools.product(
+            ((0.001, 0.01), (0.01, 0.05), (0.3, 0.5), (0.9, 0.9), (0.99, 0.98)), (0.5, 3), (50, 200), (1, 16)):
+        (a, truth_a), (b, truth_b) = (simulated(rng, mean, spread, n, k) for mean in (before, after))
+        values, truth = b - a, truth_b - truth_a
+        error = 1.96 * values.std(-1) / math.sqrt(n)
+        assert share_inside(interval(values, low=-1), truth) > 0.93, (before, after, spread, n, k)
+        normal_fails += share_inside([values.mean(-1) - error, values.mean(-1) + error], truth) < 0.9
+    assert normal_fails > 3
 
 
 def test_groups_of_ops():
@@ -67,6 +103,7 @@ def test_groups_of_ops():
     assert [op for op in names if names[op] == "OOD-hard"] == list(range(15, 21))
     assert [group_of(op, [4, 5]) for op in range(2, 9)] == ["below"] * 2 + ["ID"] * 2 + ["OOD-edge"] * 2 + ["OOD-hard"]
     assert [group_of(op, [2, 4]) for op in range(2, 9)] == ["ID"] * 3 + ["OOD-edge"] * 2 + ["OOD-hard"] * 2
+    assert [group_of(op, None) for op in range(2, 9)] == ["unseen"] * 7
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -121,7 +158,8 @@ PLAN = {
 @pytest.fixture
 def known(monkeypatch):
     """Arguments and problems for `evaluate.evaluate`, with `sample` replaced; what it was called with is kept in `calls`."""
-    args = types.SimpleNamespace(n=4, k=[1, 2, 4], id_ops=[2, 10], device="cpu", seed=0, temperature=0.7, rows=8)
+    args = types.SimpleNamespace(n=4, k=[1, 2, 4], id_ranges={"zoo": [2, 10], "school": [2, 2]}, device="cpu", seed=0,
+                                 temperature=0.7, rows=8)
     # plain enough that dropping the first step loses a step that is needed
     problems = {op: [data.make_row(i, data.parse_mixture(f"zoo:{op}"), 0, "eval", data.World(0))
                      for i in range(3)] for op in PLAN}
@@ -147,16 +185,21 @@ def counts(verdict, ops):
 
 
 def assert_numbers(numbers, ops):
-    """pass@k of all three verdicts, by brute force, with intervals."""
-    assert list(numbers) == ["outcome", "verified", "strict"]
-    for j, verdict in enumerate(numbers):
+    """pass@k of all three verdicts, by brute force, with intervals; and what went wrong."""
+    for j, verdict in enumerate(("outcome", "verified", "strict")):
         for k in (1, 2, 4):
             values = [np.mean([any(s) for s in itertools.combinations([True] * c + [False] * (4 - c), k)])
                       for c in counts(j, ops)]
-            off = np.subtract(values, np.mean(values)).reshape(-1, 3).sum(0)  # problem i of one op goes with i of another
-            half = 1.96 * math.sqrt((off ** 2).sum() * 3 / 2) / len(values)
             assert numbers[verdict][f"pass@{k}"] == pytest.approx(np.mean(values)), (verdict, k)
-            assert numbers[verdict][f"pass@{k} +-"] == pytest.approx(half), (verdict, k)
+            assert numbers[verdict][f"pass@{k} interval"] == pytest.approx(interval(values)), (verdict, k)
+    written = collections.Counter(kind for op in ops for kinds in PLAN[op] for kind in kinds)
+    samples, answered = sum(written.values()), sum(written[k] * VERDICTS[k][0] for k in written)
+    assert samples == 12 * len(ops)
+    assert numbers["hacked"] == pytest.approx(written[lucky] / answered)
+    assert numbers["truncated"] == pytest.approx(written[cut_off] / samples)
+    assert numbers["errors"].get("extra node", 0) == pytest.approx(written[with_extra_step] / samples)
+    assert numbers["errors"].get("wrong answer", 0) == pytest.approx(written[wrong_answer] / samples)
+    assert numbers["errors"].get("undefined letter", 0) >= written[lucky] / samples
 
 
 def test_the_report_on_known_answers(known):
@@ -168,6 +211,7 @@ def test_the_report_on_known_answers(known):
     assert [r["text"] for r in records] == [known.answers[data.prompt_text(r["row"])][0] for r in records]
 
     summary = evaluate.summarize(records, known.args)
+    assert_numbers(summary, PLAN)
     assert list(summary["ops"]) == ["3", "12", "13", "17"]
     for op, numbers in summary["ops"].items():
         assert_numbers(numbers, [int(op)])
@@ -177,21 +221,46 @@ def test_the_report_on_known_answers(known):
     assert summary["contexts"] == {"zoo": summary["groups"]}
     assert summary["distractors"] == {group: {"0-1": numbers} for group, numbers in summary["groups"].items()}
 
-    written = collections.Counter(kind for plan in PLAN.values() for kinds in plan for kind in kinds)
-    samples, answered = sum(written.values()), sum(written[k] * VERDICTS[k][0] for k in written)
-    assert samples == 48
-    assert summary["hacked"] == pytest.approx(written[lucky] / answered)
-    assert summary["truncated"] == pytest.approx(written[cut_off] / samples)
-    assert summary["errors"]["extra node"] == pytest.approx(written[with_extra_step] / samples)
-    assert summary["errors"]["wrong answer"] == pytest.approx(written[wrong_answer] / samples)
-    assert summary["errors"]["undefined letter"] >= written[lucky] / samples
-    assert summary["edge"] == [12, 13]  # op 3 is not hard, op 17 not possible
 
-
-def test_where_nothing_is_possible_there_is_no_edge(known):
-    for ops, edge in (([17], None), ([3], None), ([3, 13, 17], [13, 13])):
+def test_the_edge_is_what_is_surely_hard_and_surely_possible(known):
+    for ops, edge in ((PLAN, [12, 13]), ([17], None), ([3], None), ([3, 13, 17], [13, 13])):
         records = evaluate.evaluate(None, {op: known.problems[op] for op in ops}, known.args, "cpu", nullcontext())
-        assert evaluate.summarize(records, known.args)["edge"] == edge
+        assert evaluate.summarize(records * 20, known.args)["edge"] == edge
+        assert evaluate.summarize(records, known.args)["edge"] is None  # three problems say little
+
+
+def recorded(rows, known, monkeypatch):
+    """The summary for rows of op 3 whose solutions are empty."""
+    monkeypatch.setattr(evaluate, "sample", lambda model, prompts, *args, **more: ([[STOP]] * 4 * len(prompts), None))
+    return evaluate.summarize(evaluate.evaluate(None, {3: rows}, known.args, "cpu", nullcontext()), known.args)
+
+
+def test_no_reasoning_is_the_better_of_a_constant_answer_and_the_last_number(known, monkeypatch):
+    def row(answer, last):
+        return dict(problem=f"The number of adult owl in Pine Ridge equals 1. x equals {last}. ", question="?", op=3,
+                    solution=f"Define adult owl in Pine Ridge as a; so a = {answer}. Answer: {answer}.",
+                    template="crazy_zootopia")
+
+    for pairs, best in (([(7, 1), (8, 8), (9, 9)], 2 / 3), ([(7, 1), (7, 2), (7, 3), (4, 4)], 3 / 4),
+                        ([(5, 15), (6, 61)], 1 / 2)):
+        summary = recorded([row(*pair) for pair in pairs], known, monkeypatch)
+        assert summary["ops"]["3"]["baseline"] == summary["groups"]["ID"]["baseline"] == pytest.approx(best)
+
+
+def test_a_problem_is_in_distribution_if_pretraining_saw_its_op_in_its_context(known, monkeypatch):
+    rows = [data.make_row(0, data.parse_mixture(f"{context}:3"), 0, "eval") for context in data.CONTEXTS]
+    summary = recorded(rows, known, monkeypatch)
+    assert {context: [*groups] for context, groups in summary["contexts"].items()} == {
+        "zoo": ["ID"], "school": ["OOD-edge"], "movie": ["unseen"]}
+    assert [*summary["groups"]] == ["ID", "OOD-edge", "unseen"]
+
+
+def test_problems_of_two_ops_have_nothing_in_common(known):
+    args = types.SimpleNamespace(data=None, ops="3-6", context="all", problems=30, seed=0, distractors=2.0, max_parents=4,
+                                 max_value=1000)
+    problems = evaluate.problems_of(args)
+    assert problems == evaluate.problems_of(args) and [*problems] == [3, 4, 5, 6]
+    assert len({str([row["template"] for row in rows]) for rows in problems.values()}) == 4
 
 
 def test_ranks_share_the_problems_and_draw_differently(known, monkeypatch):
@@ -221,7 +290,7 @@ def test_distractors_are_counted(known, monkeypatch):
         instances = re.findall(r"The number of (.+?) equals", row["problem"])
         needed = re.findall(r"Define (.+?) as", row["solution"])
         assert record["distractors"] == len(set(instances) - set(needed)) and record["context"] == "school"
-    per_group = evaluate.summarize(records, known.args)["distractors"]["ID"]
+    per_group = evaluate.summarize(records, known.args)["distractors"]["OOD-edge"]
     assert list(per_group) == ["0-1", "2-4", "5-12"]
 
 
@@ -270,7 +339,8 @@ def test_the_file_and_the_table(trained):
     assert (trained / "link.json").is_symlink() and (trained / "far.json").is_file()
     assert report["settings"] == {"n": 4, "k": [1, 4], "problems": 2, "temperature": 1.0, "distractors": 2.0,
                                   "max_parents": 4, "max_value": 1000, "seed": 0,
-                                  "context": "all", "data": None, "id_ops": [2, 4]}
+                                  "context": "all", "data": None, "id_ops": [2, 4],
+                                  "id_ranges": dict.fromkeys(data.CONTEXTS, [2, 4])}
     result, = report["checkpoints"].values()
     assert list(report["checkpoints"]) == ["a.pt"]
     assert (result["stage"], result["step"], result["problems"]) == ("pretrain", 2, 16)
@@ -278,21 +348,26 @@ def test_the_file_and_the_table(trained):
     assert set(result["contexts"]) <= set(data.CONTEXTS) and result["contexts"]
     for numbers in [*result["groups"].values(), *result["ops"].values()]:
         for verdict in ("outcome", "verified", "strict"):
-            assert list(numbers[verdict]) == ["pass@1", "pass@1 +-", "pass@4", "pass@4 +-"]
-            assert 0 <= numbers[verdict]["pass@1"] <= numbers[verdict]["pass@4"] <= 1
+            assert list(numbers[verdict]) == ["pass@1", "pass@1 interval", "pass@4", "pass@4 interval"]
+            for k in (1, 4):
+                (low, high), mean = numbers[verdict][f"pass@{k} interval"], numbers[verdict][f"pass@{k}"]
+                assert 0 <= low <= mean <= high <= 1 and high - low > 0.1
     assert result["errors"]  # it cannot be right yet
 
     assert out.startswith("6 held-out problems, op 3-5, 4 samples each")
     lines = [line.split() for line in out.splitlines()]
-    assert ["verified", "verified", "outcome", "strict"] in lines and ["pass@1", "pass@4", "pass@1", "pass@1"] in lines
+    assert ["verified", "verified", "strict", "outcome", "no", "reasoning"] in lines
+    assert ["pass@1", "pass@4", "pass@1", "pass@1"] in lines
     for title, numbers in [*((f"op {op}", v) for op, v in result["ops"].items()), *result["groups"].items()]:
         cells = next(line for line in out.splitlines() if line.startswith(title + " "))
-        assert re.findall(r"(\d\.\d{3})", cells) == [f"{numbers[v][k]:.3f}" for v, k in (
-            ("verified", "pass@1"), ("verified", "pass@4"), ("outcome", "pass@1"), ("strict", "pass@1"))]
+        expected = [x for v, k in (("verified", "pass@1"), ("verified", "pass@4"), ("strict", "pass@1"), ("outcome", "pass@1"))
+                    for x in (numbers[v][k], *numbers[v][f"{k} interval"])] + [numbers["baseline"]]
+        assert [float(x) for x in re.findall(r"\d?\.\d{3}", cells)] == pytest.approx(expected, abs=6e-4)
+        assert re.fullmatch(r"[^.]+( +1?\.\d{3} \[1?\.\d{3} 1?\.\d{3}\]){4} +1?\.\d{3}", cells)
     assert out.count("\n--- ") == 6 and "  WRONG  " in out  # --show
     for op, i in itertools.product((3, 4, 5), (0, 1)):
-        assert data.make_row(i, data.parse_mixture(str(op)), split="eval")["problem"].strip() in out
-    assert "edge" in out and "cut off" in out
+        assert data.make_row(op * 10 ** 6 + i, data.parse_mixture(str(op)), split="eval")["problem"].strip() in out
+    assert "edge" in out and "cut off" in out and "interval over problems" in out
 
 
 def test_a_seed_repeats_the_numbers_and_another_does_not(trained):
@@ -302,16 +377,67 @@ def test_a_seed_repeats_the_numbers_and_another_does_not(trained):
 
 
 def test_checkpoints_side_by_side(trained):
-    out, report = evaluated(trained, "a.pt", "b.pt", *SHORT)
-    assert list(report["checkpoints"]) == ["a.pt", "b.pt"]
-    assert [result["step"] for result in report["checkpoints"].values()] == [2, 3]
-    lines = [line.split() for line in out.splitlines()]
-    assert ["a.pt", "b.pt"] in lines and ["pass@1", "pass@4", "pass@1", "pass@4"] in lines
+    put(checkpoint_with()(trained / "b.pt"), trained / "c.pt")
+    out, report = evaluated(trained, "a.pt", "b.pt", "c.pt", *SHORT)
+    assert list(report["checkpoints"]) == ["a.pt", "b.pt", "c.pt"]
+    assert [result["step"] for result in report["checkpoints"].values()] == [2, 3, 3]
+    shown = out.split("interval over problems")[0].splitlines()[1:]
+    lines = [line.split() for line in shown]
+    assert max(map(len, shown)) < 140
+    assert ["a.pt", "b.pt", "c.pt"] in lines and ["pass@1", "pass@4"] * 3 in lines
+    for verdict in ("verified", "strict", "outcome"):
+        title = next(j for j, line in enumerate(shown) if line.startswith(verdict))
+        start = next(j for j in range(title, len(lines)) if lines[j][:1] == ["ID"])
+        assert [re.findall(r"\d?\.\d{3}", line)[::3] for line in shown[start:start + 2]] == [
+            [f"{r['groups'][g][verdict][k]:.3f}".replace("0.", ".") for r in report["checkpoints"].values()
+             for k in ("pass@1", "pass@4")] for g in ("ID", "OOD-edge")]
     for name in "ab":  # the company makes no difference
         alone = evaluated(trained, f"{name}.pt", *SHORT)[1]["checkpoints"][f"{name}.pt"]
         beside = report["checkpoints"][f"{name}.pt"]
         assert alone == {key: beside[key] for key in alone}
         assert {*beside} - {*alone} == ({"against_first"} if name == "b" else set())
+    change = report["checkpoints"]["c.pt"]["against_previous"]["ID"]
+    low, high = change["pass@1 interval"]
+    assert change["pass@1"] == 0 and -high == low < -0.1  # a copy: no difference, of few problems
+
+
+def test_a_checkpoint_made_from_another_run_of_the_one_beside_it_is_pointed_out(trained):
+    run_of_a = load_checkpoint(trained / "a.pt")["run"]
+    for name, init_run in (("new", run_of_a), ("old", "before a.pt was trained anew")):
+        recipe = load_checkpoint(trained / "a.pt")["recipe"] | dict(init="./a.pt", init_run=init_run)
+        put(checkpoint_with(recipe=recipe)(trained / "a.pt"), trained / f"{name}.pt")
+    out, report = evaluated(trained, "a.pt", "new.pt", "old.pt", *SHORT)
+    assert [r["init_of_another_run"] for r in report["checkpoints"].values()] == [None, None, "a.pt"]
+    assert out.count("made from another run") == 1
+    assert "warning: old.pt was made from another run of a.pt than the one shown here\n" in out
+    out, report = evaluated(trained, "old.pt", *SHORT)  # nothing beside it
+    assert "another run" not in out and report["checkpoints"]["old.pt"]["init_of_another_run"] is None
+
+
+def test_groups_are_by_the_range_of_each_context_and_old_checkpoints_have_one_range(trained):
+    checkpoint = load_checkpoint(trained / "a.pt")
+    assert checkpoint["id_ranges"] == dict.fromkeys(data.CONTEXTS, [2, 4])
+    for ranges, expected in (({"zoo": [2, 4], "school": [2, 2]}, [["ID"], ["OOD-edge"], ["unseen"]]), (None, [["ID"]] * 3)):
+        save_checkpoint(trained / "x.pt", checkpoint | dict(id_ranges=ranges))
+        _, report = evaluated(trained, "x.pt", *"--n 1 --ops 3 --problems 9".split())
+        found = report["checkpoints"]["x.pt"]["contexts"]
+        assert [[*found[context]] for context in ("zoo", "school", "movie")] == expected
+
+
+def test_numbers_are_written_before_they_are_printed_and_printed_if_they_cannot_be_written(trained, tmp_path):
+    def start(**more):
+        command = [sys.executable, ROOT / "evaluate.py", trained / "a.pt", *SHORT, "--show", "9", "--json", "e.json"]
+        return subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, **more)
+
+    done = start(stdout=subprocess.PIPE, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
+    assert done.returncode == 1 and "too large" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert "\nop 3 " in done.stdout and done.stdout.count("\n--- ") == 6 and "numbers: e.json" not in done.stdout
+    assert os.listdir(tmp_path) == []
+    read_end, write_end = os.pipe()
+    os.close(read_end)  # nobody listens
+    start(stdout=write_end)
+    os.close(write_end)
+    assert os.listdir(tmp_path) == ["e.json"] and "checkpoints" in json.loads((tmp_path / "e.json").read_text())
 
 
 def test_rows_of_a_file(trained):
@@ -338,7 +464,8 @@ def test_without_arguments_it_reads_what_the_stages_wrote(trained, tmp_path):
     result = report["checkpoints"]["out/grpo.pt"]
     assert list(result["ops"]) == ["2", "3", "4", "5", "6", "7", "8"]  # to twice the largest op of pre-training
     assert list(result["groups"]) == ["ID", "OOD-edge", "OOD-hard"] and report["settings"]["k"] == [1]
-    assert result["ops"]["2"]["strict"]["pass@1 +-"] is None  # one problem has no interval
+    low, high = result["ops"]["2"]["strict"]["pass@1 interval"]
+    assert high - low > 0.7  # one problem says next to nothing
 
 
 def test_the_plot(trained):
@@ -379,7 +506,9 @@ BAD = [  # arguments, words in the last line
     ("a.pt --data bytes.jsonl", "bytes.jsonl"), ("a.pt --data other.jsonl", "other.jsonl"),
     ("a.pt --data unsolved.jsonl", "unsolved.jsonl"), ("a.pt --data op.jsonl", "op.jsonl"),
     ("a.pt --data rows.jsonl --ops 7", "7"), ("a.pt --data rows.jsonl --context movie", "movie"),
-    ("a.pt --data rows.jsonl --json rows.jsonl", "overwrite"), ("a.pt --json a.pt", "overwrite"), ("a.pt --json=", "file"), ("tokens.pt", "tokens"), ("a.pt --nope", "--nope"),
+    ("a.pt --data true.jsonl", "true.jsonl line 1"), ("a.pt --data negative.jsonl", "negative.jsonl line 1"),
+    ("a.pt --data rows.json --json rows.json", "overwrite"), ("a.pt --json cut.pt", ".json"), ("a.pt --json=", ".json"),
+    ("a.svg --plot a.svg", "overwrite"), ("tokens.pt", "tokens"), ("a.pt --nope", "--nope"),
 ]
 
 
@@ -388,11 +517,14 @@ def bad_folder(trained, tmp_path_factory):
     """A folder with what BAD speaks of."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "folder").mkdir()
-    (folder / "a.pt").write_bytes((trained / "a.pt").read_bytes())
+    for name in ("a.pt", "a.svg"):
+        (folder / name).write_bytes((trained / "a.pt").read_bytes())
     (folder / "cut.pt").write_bytes((trained / "a.pt").read_bytes()[:-500])
     row = data.make_row(0, data.parse_mixture("zoo:2"))
     for name, content in {
             "text.pt": "hello\n", "empty.jsonl": "", "rows.jsonl": json.dumps(row), "other.jsonl": '{"text": "a"}\n',
+            "rows.json": json.dumps(row), "true.jsonl": json.dumps({**row, "op": True}),
+            "negative.jsonl": json.dumps({**row, "op": -2}),
             "unsolved.jsonl": json.dumps({**row, "solution": "I do not know."}),
             "op.jsonl": json.dumps({**row, "op": 2.5})}.items():
         (folder / name).write_text(content)

@@ -20,7 +20,7 @@ from conftest import (BROKEN, ROOT, assert_compiled_where_there_is_bfloat16, ass
                       checkpoint_without, end_with_workers, is_finite, metrics, pad, put, run, same)
 from grpo import group_advantages, grpo_loss, misjudged
 from model import Config, Transformer, build_model, load_checkpoint, sample, save_checkpoint
-from verify import reward, verify
+from verify import interval, reward, verify
 
 ENC = data.tokenizer()
 STOP = ENC.encode_single_token(data.END)
@@ -514,16 +514,17 @@ def test_the_held_out_shares_are_those_computed_by_hand(traced):
     """Four samples at temperature 0.7 for two problems of op 2 (ID) and two of op 3 (OOD-edge), before and after."""
     calls = [(a, tokens) for a, (tokens, _) in traced[1]["model.sample"] if a["temperature"] == 0.7]
     assert len(calls) == 4 and all(len(a["prompts"]) == 2 and a["n"] == 4 for a, _ in calls)
-    shares = []
+    shares = []  # of the samples of each problem, for each call
     for (arguments, tokens), mix in zip(calls, ("zoo:2", "zoo:3") * 2):
         rows = [problem(i, mix, "eval") for i in (0, 1)]
         assert arguments["prompts"] == [data.encode(ENC, data.prompt_text(row)) for row in rows]
-        shares.append(np.mean([verify(rows[j // 4]["solution"], data.decode(ENC, ids))["verified"]
-                               for j, ids in enumerate(tokens)]))
-    assert len({*shares}) > 1
+        right = [verify(rows[j // 4]["solution"], data.decode(ENC, ids))["verified"] for j, ids in enumerate(tokens)]
+        shares.append([np.mean(right[:4]), np.mean(right[4:])])
+    assert len({*map(sum, shares)}) > 1
     before, after = metrics(traced[0] / "a.jsonl")  # evaluated at the end only
-    assert before["held_out"] == {"ID": shares[0], "OOD-edge": shares[1]}
-    assert after["held_out"] == {"ID": shares[2], "OOD-edge": shares[3]}
+    for row, (in_range, at_edge) in (before, shares[:2]), (after, shares[2:]):
+        assert row["held_out"] == {"ID": np.mean(in_range), "ID interval": interval(in_range).tolist(),
+                                   "OOD-edge": np.mean(at_edge), "OOD-edge interval": interval(at_edge).tolist()}
     assert load_checkpoint(traced[0] / "a.pt")["held_out"] == after["held_out"]
 
 
