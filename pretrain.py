@@ -26,15 +26,15 @@ import torch  # after model.py, which sets how its threads wait
 # settings: a preset is what suits a size of model (model.CONFIGS). Each can be changed on the command line
 
 STAGE, SEED = "pretrain", 0
-SETTINGS = dict(  # name=(tiny, 100m). tiny: ten minutes on two CPU cores; 100m: arXiv 2512.07783, 10B of its tokens
-    mix=("all:2-4:0.9,all:5:0.1", "all:2-4:0.2,all:5-7:0.3,all:8-10:0.5"),  # 100m: easy, medium and hard problems
-    late_mix=("all:2-4:0.9,all:5:0.1", "all:2-4:0.2,all:5-7:0.3,all:8-10:0.5"),
-    distractors=(2.0, 2.0),
-    late_distractors=(5.0, 2.0),     # finding a sentence among many is learnt last
-    late_from=(0.67, 0.67),          # share of the steps before the late phase
-    max_parents=(4, 4),
-    max_value=(1000, 1000),
-    steps=(3580, 19_000),
+SETTINGS = dict(  # name=(tiny, 100m). tiny: 13 minutes on two CPU cores; 100m: arXiv 2512.07783, 10B of its tokens
+    mix=("zoo:2-6", "all:2-4:0.2,all:5-7:0.3,all:8-10:0.5"),  # 100m: easy, medium and hard problems
+    late_mix=("zoo:2-6:0.3,zoo:7-8:0.7", "all:2-4:0.2,all:5-7:0.3,all:8-10:0.5"),  # tiny: first what is learnt fast
+    late_from=(0.55, 0.55),          # share of the steps before the late phase
+    distractors=(0.5, 2.0),
+    late_distractors=(0.5, 2.0),
+    max_parents=(2, 4),              # tiny: a world in which few kinds of steps make up problems of any size (tests/coverage.py)
+    max_value=(20, 1000),
+    steps=(6000, 19_000),
     batch=(64, 1152),                # 100m: 512k tokens of the paper's tokenizer; ours makes fewer
     optimizer=("muon", "adamw"),
     momentum=(0.8, 0.95),

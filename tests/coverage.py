@@ -63,8 +63,8 @@ def main():
         p.error(str(error))
     import pretrain
     for name, preset in pretrain.PRESETS.items():
-        print(f"share of problems without new kinds of steps after {preset['mix']}, preset {name}")
-        report(preset["mix"], data.World(preset["distractors"], preset["max_parents"], preset["max_value"]))
+        print(f"share of problems without new kinds of steps after {preset['late_mix']}, the late phase of preset {name}")
+        report(preset["late_mix"], data.World(preset["distractors"], preset["max_parents"], preset["max_value"]))
 
 
 if __name__ == "__main__":

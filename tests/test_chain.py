@@ -2,7 +2,6 @@
 import json
 import os
 
-import data
 from conftest import TINY, metrics, run
 from model import load_checkpoint
 
@@ -18,8 +17,8 @@ def test_the_four_commands_in_a_row(tmp_path):
     assert sorted(os.listdir(tmp_path / "out")) == sorted(f"{name}.{kind}" for name in names for kind in ("jsonl", "pt"))
     checkpoints = [load_checkpoint(tmp_path / f"out/{name}.pt") for name in names]
     assert [c["stage"] for c in checkpoints] == names and [c["step"] for c in checkpoints] == [4, 3, 2]
-    assert [c["id_ops"] for c in checkpoints] == [[2, 5]] * 3 and len({str(c["config"]) for c in checkpoints}) == 1
-    assert [c["id_ranges"] for c in checkpoints] == [dict.fromkeys(data.CONTEXTS, [2, 5])] * 3
+    assert [c["id_ops"] for c in checkpoints] == [[2, 8]] * 3 and len({str(c["config"]) for c in checkpoints}) == 1
+    assert [c["id_ranges"] for c in checkpoints] == [{"zoo": [2, 8]}] * 3
     assert all("loss" in row for name in names for row in metrics(tmp_path / f"out/{name}.jsonl"))
 
     result = run(tmp_path, "evaluate.py", "--device", "cpu", "--n", 2, "--problems", 1)  # no checkpoint is named

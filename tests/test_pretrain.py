@@ -1,4 +1,5 @@
 """What pretrain.py promises to somebody who runs it: files, losses, resuming, ranks, and one line for bad input."""
+import functools
 import math
 import os
 import signal
@@ -26,9 +27,10 @@ def pretrain(cwd, *arguments, **more):
 
 def loss_by_hand(model, split, count, loss="all"):
     """Mean surprise, in nats, of the tokens of the first problems of a split, one problem at a time."""
-    enc, mixture, total, n = data.tokenizer(), data.parse_mixture(P.PRESETS["tiny"]["mix"]), 0.0, 0
+    phase, enc, total, n = dict(train="", eval="late_")[split], data.tokenizer(), 0.0, 0
+    mix, distractors = (P.PRESETS["tiny"][phase + name] for name in ("mix", "distractors"))
     for i in range(count):
-        row = data.make_row(i, mixture, 0, split, data.World(2.0))
+        row = data.make_row(i, data.parse_mixture(mix), 0, split, data.World(distractors, 2, 20))
         prompt = len(data.encode(enc, data.prompt_text(row)))
         ids = torch.tensor(data.encode(enc, data.prompt_text(row) + data.response_text(row)))
         logp = model(ids[None])[0].detach().log_softmax(-1)
@@ -52,22 +54,22 @@ def test_a_command_as_typed_writes_the_default_files(tmp_path):
 
     checkpoint = load_checkpoint(tmp_path / "out/pretrain.pt")
     assert (checkpoint["stage"], checkpoint["step"], checkpoint["problems"]) == ("pretrain", 7, 56)
-    assert checkpoint["id_ops"] == [2, 5]
+    assert checkpoint["id_ops"] == [2, 8] and checkpoint["id_ranges"] == {"zoo": [2, 8]}
     assert checkpoint["config"]["width"] == 32 and checkpoint["config"]["n_layers"] == 1
     assert is_finite(checkpoint)
 
 
 @pytest.mark.parametrize("loss", ["all", "solution"])
 def test_the_losses_and_counts_are_those_computed_by_hand(tmp_path, loss):
-    result = pretrain(tmp_path, "--loss", loss, "--steps", 1, "--lr", 0, "--dtype", "float32", "--out", "a.pt",
-                      "--distractors", 2)  # the learning rate 0 leaves the model as it was
+    result = pretrain(tmp_path, "--loss", loss, "--steps", 1, "--lr", 0, "--dtype", "float32",
+                      "--out", "a.pt")  # the learning rate 0 leaves the model as it was
     assert result.code == 0, result
     row, = metrics(tmp_path / "a.jsonl")
     model = build_model(load_checkpoint(tmp_path / "a.pt"))
     assert row["loss"] == pytest.approx(loss_by_hand(model, "train", 8, loss), rel=1e-4)
     assert row["val_loss"] == pytest.approx(loss_by_hand(model, "eval", 256, loss), rel=1e-4)
-    enc = data.tokenizer()
-    rows = [data.make_row(i, data.parse_mixture(P.PRESETS["tiny"]["mix"])) for i in range(8)]
+    enc, world = data.tokenizer(), data.World(P.PRESETS["tiny"]["distractors"], 2, 20)
+    rows = [data.make_row(i, data.parse_mixture(P.PRESETS["tiny"]["mix"]), world=world) for i in range(8)]
     assert row["tokens"] == sum(len(data.encode_row(enc, r)[0]) - 1 for r in rows)
 
 
@@ -105,6 +107,25 @@ def test_the_division_of_work_changes_nothing(tmp_path, whole_float32, arguments
     result = pretrain(tmp_path, *FLOAT32, *arguments, "--out", "a.pt")
     assert result.code == 0, result
     assert_close_runs(tmp_path / "a", whole_float32)
+
+
+TWO_THREADS = functools.partial(torch.set_num_threads, 2)
+
+
+def test_two_cores_train_as_one(tmp_path, whole_float32):
+    result = pretrain(tmp_path, *FLOAT32, "--out", "a.pt", before=TWO_THREADS)
+    assert result.code == 0, result
+    assert_close_runs(tmp_path / "a", whole_float32)
+
+
+def test_on_two_cores_a_killed_run_resumes_exactly(tmp_path):
+    folders = [tmp_path / name for name in ("whole", "killed")]
+    for folder in folders:
+        folder.mkdir()
+    assert pretrain(folders[0], *TWELVE, before=TWO_THREADS).code == 0
+    assert pretrain(folders[1], *TWELVE, send=(signal.SIGKILL, 2), before=TWO_THREADS).code == -signal.SIGKILL
+    assert pretrain(folders[1], *TWELVE, "--resume", before=TWO_THREADS).code == 0
+    assert_same_run(*folders)
 
 
 FLOAT32 = "--steps 6 --log-every 1 --dtype float32".split()
@@ -148,11 +169,21 @@ def test_two_ranks_count_tokens_as_one(two_ranks, whole_float32):
 
 
 @pytest.mark.parametrize("arguments, distractors", [
-    ("", (2, 5)), ("--distractors 3", (3, 3)), ("--late-distractors 4", (2, 4)), ("--distractors 0 --late-distractors 1", (0, 1))])
-def test_distractors_of_the_first_and_the_last_steps(tmp_path, monkeypatch, arguments, distractors):
+    ("", (0.5, 0.5)), ("--distractors 3", (3, 3)), ("--late-distractors 4", (0.5, 4)),
+    ("--distractors 0 --late-distractors 1", (0, 1))])
+def test_distractors_of_the_two_phases(tmp_path, monkeypatch, arguments, distractors):
     monkeypatch.setattr("sys.argv", ["pretrain.py", "--preset", "tiny", "--out", str(tmp_path / "a.pt"), *arguments.split()])
     _, args = P.arguments()
     assert (args.distractors, args.late_distractors) == distractors
+
+
+@pytest.mark.parametrize("arguments, mixes", [
+    ("", ("zoo:2-6", "zoo:2-6:0.3,zoo:7-8:0.7")), ("--ops 2-10", ("all:2-10",) * 2), ("--mix zoo:3", ("zoo:3",) * 2),
+    ("--late-mix school:2", ("zoo:2-6", "school:2")), ("--ops 2 --late-mix school:3", ("all:2", "school:3"))])
+def test_the_late_mixture_is_that_of_the_start_unless_told_otherwise(tmp_path, monkeypatch, arguments, mixes):
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "--preset", "tiny", "--out", str(tmp_path / "a.pt"), *arguments.split()])
+    _, args = P.arguments()
+    assert (args.mix, args.late_mix) == mixes
 
 
 def test_the_name_of_a_quantity_starts_out_with_its_parts(tmp_path):
