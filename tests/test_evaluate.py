@@ -337,8 +337,8 @@ def test_the_file_and_the_table(trained):
     (trained / "link.json").symlink_to("far.json")
     out, report = evaluated(trained, "a.pt", *SHORT, "--show", 9, json_file="link.json")
     assert (trained / "link.json").is_symlink() and (trained / "far.json").is_file()
-    assert report["settings"] == {"n": 4, "k": [1, 4], "problems": 2, "temperature": 1.0, "distractors": 2.0,
-                                  "max_parents": 4, "max_value": 1000, "seed": 0,
+    assert report["settings"] == {"n": 4, "k": [1, 4], "problems": 2, "temperature": 1.0, "distractors": 0.5,
+                                  "max_parents": 2, "max_value": 20, "seed": 0,
                                   "context": "all", "data": None, "id_ops": [2, 4],
                                   "id_ranges": dict.fromkeys(data.CONTEXTS, [2, 4])}
     result, = report["checkpoints"].values()
@@ -366,7 +366,8 @@ def test_the_file_and_the_table(trained):
         assert re.fullmatch(r"[^.]+( +1?\.\d{3} \[1?\.\d{3} 1?\.\d{3}\]){4} +1?\.\d{3}", cells)
     assert out.count("\n--- ") == 6 and "  WRONG  " in out  # --show
     for op, i in itertools.product((3, 4, 5), (0, 1)):
-        assert data.make_row(op * 10 ** 6 + i, data.parse_mixture(str(op)), split="eval")["problem"].strip() in out
+        row = data.make_row(op * 10 ** 6 + i, data.parse_mixture(str(op)), split="eval", world=data.World(0.5, 2, 20))
+        assert row["problem"].strip() in out
     assert "edge" in out and "cut off" in out and "interval over problems" in out
 
 
