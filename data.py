@@ -42,8 +42,9 @@ from bisect import bisect
 from dataclasses import dataclass
 from typing import NamedTuple
 
-if __name__ == "__main__":  # Ctrl-C during the imports ends it without a traceback
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+interruptible = __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if interruptible:  # Ctrl-C during the imports ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import tiktoken
@@ -527,9 +528,11 @@ def mixture_of(ops, mix, default):
     return parse_mixture(default if mix is None else mix)
 
 
-def in_contexts(contexts, ops, weight=1.0):
-    """The text of a mixture of these ops, as in `parse_mixture`, in each of the contexts."""
-    return ",".join(f"{context}:{ops}:{weight:g}" for context in contexts)
+def in_contexts(ops, weight=1.0):
+    """The text of a mixture, as in `parse_mixture`, from {context: op range}. Each context has this weight."""
+    if len(ops) == len(CONTEXTS) and len({*ops.values()}) == 1:
+        ops = dict(all=next(iter(ops.values())))
+    return ",".join(f"{context}:{of_context}:{weight:g}" for context, of_context in ops.items())
 
 
 def op_ranges(*mixtures):
@@ -539,23 +542,26 @@ def op_ranges(*mixtures):
     return {context: [min(ops[context]), max(ops[context])] for context in ops}
 
 
-def contexts_of(mix):
-    """The contexts of the text of a mixture. If those are all: ["all"]."""
-    contexts = list(op_ranges(parse_mixture(mix)))
-    return ["all"] if len(contexts) == len(CONTEXTS) else contexts
+def seen_ops(init):
+    """{context: [m, M]}, what pre-training saw of each context, from a checkpoint. In old ones all contexts have one range."""
+    return init.get("id_ranges") or dict.fromkeys(op_ranges(parse_mixture(init["recipe"].get("mix", "2-10"))), init["id_ops"])
+
+
+def in_group(ranges, name, weight=1.0):
+    """The text of a mixture of a group of ops (`op_groups`), each context by its own range."""
+    return in_contexts({context: "{}-{}".format(*op_groups(id_ops)[name]) for context, id_ops in ranges.items()}, weight)
 
 
 def stage_mixture(init, default_id_share, mix=None, ops=None, id_share=None):
-    """The mixture of a stage that starts from the checkpoint init, pre-trained on ops m-M: `mix` or else, in the contexts of
-    init, a share of `id_share` from m-M and the rest from `ops` (default: OOD-edge). Raises ValueError for the user."""
-    id_ops, contexts = init["id_ops"], contexts_of(init["recipe"].get("mix", "2-10"))
+    """The mixture of a stage that starts from the checkpoint init: `mix` or else, in the contexts of init, a share of `id_share`
+    from the ops that pre-training saw and the rest from `ops` (default: OOD-edge). Raises ValueError for the user."""
     if mix is not None and (ops is not None or id_share is not None):
         raise ValueError("give --ops (and --id-share) or --mix, not both")
     if mix is None:
-        ops = ops or "{}-{}".format(*op_groups(id_ops)["OOD-edge"])
-        parse_ops(ops)  # nothing is past the largest op: then --ops or --mix must name a range
-        id_share = default_id_share if id_share is None else id_share
-        mix = in_contexts(contexts, "{}-{}".format(*id_ops), id_share) + "," + in_contexts(contexts, ops, 1 - id_share)
+        ranges, share = seen_ops(init), default_id_share if id_share is None else id_share
+        parse_ops(ops or "{}-{}".format(*op_groups(init["id_ops"])["OOD-edge"]))  # if nothing is past the largest op, it says so
+        new = in_contexts(dict.fromkeys(ranges, ops), 1 - share) if ops else in_group(ranges, "OOD-edge", 1 - share)
+        mix = in_group(ranges, "ID", share) + "," + new
     return parse_mixture(mix)
 
 
@@ -758,8 +764,8 @@ class TrainingSteps:
 
     Step s trains on problems s * batch_size ... (s + 1) * batch_size - 1. Rank r of n_ranks takes every n_ranks-th of
     them. Problems are laid end to end in one row, and attention keeps them apart: in blocks of about equal length
-    (`in_blocks`), in micro-batches of about `micro_tokens` tokens whose number is a multiple of `at_a_time`, so that as many
-    cores have work; or with packed=True, for torch.compile, without padding and in few shapes (`pack`).
+    (`in_blocks`), in micro-batches of about `micro_tokens` tokens whose number, unless problems are few, is a multiple of
+    `at_a_time`, so that as many cores have work; or with packed=True, for torch.compile, without padding and in few shapes (`pack`).
 
     A micro-batch is (x, y, ...), int64 arrays (1, tokens). y[0, t] is the token after x[0, t], or IGNORE where there is no
     loss: on padding and, with loss="solution", on the prompt. late = (step, mixture, world) are another mixture and world
@@ -794,7 +800,7 @@ def block_length(row):
 
 def cut(rows, micro_tokens, at_a_time=1):
     """Sort rows (ids, n_prompt, ...) by length, and cut them into lists of about equal size: fewer than `micro_tokens` tokens
-    and those of one row more. Their number is a multiple of at_a_time, if there are so many rows."""
+    and those of one row more. Unless rows are few or very unequal, their number is a multiple of at_a_time."""
     rows = sorted(rows, key=lambda row: len(row[0]))
     total = sum(map(block_length, rows))
     parts = -(-total // (micro_tokens * at_a_time)) * at_a_time
@@ -951,7 +957,8 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, on_interrupt)
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stdout:  # not closed
         sys.stdout.reconfigure(errors="replace")  # what its encoding lacks, as the lines of a tree, becomes "?"
     try:

@@ -106,9 +106,9 @@ def arguments():
             raise ValueError("there is no checkpoint in out/: run python pretrain.py first, or name one")
         args.loaded = [(path, *read_trained(path, data.VOCABULARY)) for path in args.checkpoints]
         args.id_ops = args.loaded[0][1]["id_ops"]
-        args.id_ranges = args.loaded[0][1].get("id_ranges") or dict.fromkeys(data.CONTEXTS, args.id_ops)  # old ones have none
+        args.id_ranges = data.seen_ops(args.loaded[0][1])
         take_world(args, args.loaded[0][1]["recipe"], data.World())
-        args.context = args.context or ",".join(data.contexts_of(args.loaded[0][1]["recipe"].get("mix", "2-10")))
+        args.context = args.context or ("all" if len(args.id_ranges) == len(data.CONTEXTS) else ",".join(args.id_ranges))
         args.problem_rows = problems_of(args)
         if not args.json.endswith(".json"):  # a checkpoint, say
             raise ValueError(f"--json {args.json} must end in .json")
@@ -123,7 +123,7 @@ def problems_of(args):
     if not args.data:
         world = data.World(args.distractors, args.max_parents, args.max_value)
         ops = data.parse_ops(args.ops or f"2-{min(2 * args.id_ops[1], data.MAX_OP)}")
-        mixtures = {op: data.parse_mixture(data.in_contexts(args.context.split(","), op)) for op in ops}
+        mixtures = {op: data.parse_mixture(data.in_contexts(dict.fromkeys(args.context.split(","), op))) for op in ops}
         # each op has numbers i of its own: the same i would mean the same context and number of distractors at every op
         return {op: [data.make_row(op * 10 ** 6 + i, mixtures[op], args.seed, "eval", world) for i in range(args.problems)]
                 for op in ops}

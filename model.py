@@ -185,7 +185,7 @@ def packed_attention(q, k, v, cu_seqlens, max_seqlen):
 
 def block_attention(q, k, v, blocks):
     """`causal_attention` inside each of several sequences laid end to end in one row (B = 1): blocks of n sequences of T tokens
-    each, see data.in_blocks. Only here is a token that is no padding one of a row with others of about its length."""
+    each, see data.in_blocks."""
     sizes = [n * T for n, T in blocks]
     y = []
     for (n, T), *qkv in zip(blocks, q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2)):
@@ -836,7 +836,7 @@ def fill_from_preset(args, preset):
     if args.device.startswith("cuda"):
         tokens = tokens_that_fit(preset["micro_tokens"], torch.cuda.mem_get_info(args.device)[0], args.dtype)
     else:  # memory: with the 100m model 32768 tokens take 18 GB, 4096 take 6, and `n_at_a_time` passes run at a time
-        tokens = min(6144 // min(8, n_cores()), preset["micro_tokens"])
+        tokens = min(6144 // min(8, n_cores(), torch.get_num_threads()), preset["micro_tokens"])
     preset = preset | dict(micro_tokens=tokens, workers=min(preset["workers"], n_cores()))
     for name, value in preset.items():
         if getattr(args, name, None) is None:
@@ -852,7 +852,8 @@ def set_up(args):
         torch.set_num_threads(n_cores())
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
-    return args.device, torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    return args.device, torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16",
+                                       cache_enabled=False)  # the cache is one for all threads, and a pass uses a weight once
 
 
 def how_it_runs(args):
@@ -954,7 +955,10 @@ class Muon(torch.optim.Optimizer):
                 by_shape[p.shape].append(p)
             for (rows, columns), ps in by_shape.items():
                 gradients = [p.grad for p in ps]
-                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in ps]
+                for p in ps:
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                momenta = [self.state[p]["momentum"] for p in ps]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 updates = torch.stack(torch._foreach_lerp(gradients, momenta, group["momentum"]))  # Nesterov's
                 torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
@@ -963,7 +967,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(X, precision, a=3.4445, b=-4.7750, c=2.0315):
-    """Matrices (..., rows, columns) with about the same singular vectors and all singular values in 0.7 ... 1.2: five steps of a
+    """Matrices (n, rows, columns) with about the same singular vectors and all singular values in 0.7 ... 1.2: five steps of a
     Newton-Schulz iteration, whose coefficients are Jordan's."""
     if X.shape[-2] > X.shape[-1]:
         return orthogonal(X.mT, precision, a, b, c).mT
@@ -994,14 +998,16 @@ def step_batches(steps, first, last, n_workers, device):
 
     A step is its micro-batches, as tensors, and a tensor with the numbers of targets and of tokens in them.
     """
-    def collate(micro_batches):
-        counts = torch.tensor([[(y != -100).sum(), (x != 0).sum()] for x, y, *_ in micro_batches] or [[0, 0]]).sum(0)
-        return [[a if isinstance(a, (int, list)) else torch.as_tensor(a) for a in batch] for batch in micro_batches], counts
-
     return iter(torch.utils.data.DataLoader(
         steps, batch_size=None, sampler=range(first, last), num_workers=n_workers, collate_fn=collate,
         pin_memory=torch.device(device).type == "cuda", worker_init_fn=become_worker,
         generator=torch.Generator()))  # a private generator, so that it does not advance the global one
+
+
+def collate(micro_batches):
+    """What a worker makes of a step of data.TrainingSteps."""
+    counts = torch.tensor([[(y != -100).sum(), (x != 0).sum()] for x, y, *_ in micro_batches] or [[0, 0]]).sum(0)
+    return [[a if isinstance(a, (int, list)) else torch.as_tensor(a) for a in batch] for batch in micro_batches], counts
 
 
 def become_worker(*_):
@@ -1039,7 +1045,8 @@ def add_gradients(model, loss_of, micro_batches, device, precision):
 
     On a CPU `n_at_a_time` run at a time. The sum is in the order of the micro-batches, so a run can be repeated bit for bit.
     """
-    parameters, n, others = list(model.parameters()), n_at_a_time(device), []
+    compiled = model.layers[0]._compiled_call_impl is not None  # several threads must not compile at the same time
+    parameters, n, others = list(model.parameters()), 1 if compiled else n_at_a_time(device), []
 
     def gradients_of(batch):
         with copy(precision):  # a copy, because it remembers what to go back to in its thread

@@ -112,8 +112,9 @@ def main():
     device, precision = set_up(args)
     mixtures = [data.parse_mixture(spec) for spec in (args.mix, args.late_mix)]
     worlds = [data.World(mean, args.max_parents, args.max_value) for mean in (args.distractors, args.late_distractors)]
+    late_from = round(args.late_from * args.steps)  # the step
     # what is "in distribution" (ID) for the later stages and evaluate.py: the range of each context, and over all of them
-    id_ranges = data.op_ranges(*mixtures)
+    id_ranges = data.op_ranges(*mixtures[:1] * (late_from > 0), *mixtures[1:] * (late_from < args.steps))
     id_ops = [min(m for m, _ in id_ranges.values()), max(M for _, M in id_ranges.values())]
 
     model = new_model(args).to(device)
@@ -126,7 +127,7 @@ def main():
                                   packed=args.compile, at_a_time=n_at_a_time(device), **more)
 
     steps = stream(0, "train", args.batch, rank=rank(), n_ranks=n_ranks(),
-                   late=(round(args.late_from * args.steps), mixtures[1], worlds[1]))
+                   late=(late_from, mixtures[1], worlds[1]))
     held_out = next(step_batches(stream(1, "eval", 256), 0, 1, 0, device))
 
     # with --resume, open_run loads the state and the parts from --out

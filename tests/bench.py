@@ -26,6 +26,7 @@ root = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root))
 
 import data  # noqa: E402
+import pretrain  # noqa: E402
 import model as ours  # noqa: E402
 import verify  # noqa: E402
 import torch  # noqa: E402  after model.py, which sets how its threads wait
@@ -101,7 +102,7 @@ def plain_batches(rows, micro_tokens):
 
 
 def training_step(optimizer="muon", dtype=torch.bfloat16, plain=False):
-    """A function that trains for 8 steps on op 2-5 as pretrain.py does and the number of tokens in them, without padding. plain:
+    """A function that trains for 8 steps on op 2-5, as pretrain.py would, and the number of tokens in them, without padding. plain:
     padded rows, several threads for each pass, and torch.optim.Muon instead."""
     torch.manual_seed(0)
     model, settings = ours.Transformer(CONFIG).to(DEVICE), dict(lr=1e-3, weight_decay=0.1)
@@ -334,7 +335,8 @@ def untrained(folder, name):
     torch.manual_seed(0)
     ours.save_checkpoint(f"{folder}/init.pt", dict(
         stage=name, config=asdict(CONFIG), model=ours.Transformer(CONFIG).state_dict(), step=0, problems=0,
-        recipe=dict(preset=PRESET), id_ops=[2, 5] if PRESET == "tiny" else [2, 10]))
+        recipe=dict(preset=PRESET, **{k: pretrain.PRESETS[PRESET][k] for k in ("mix", "distractors", "max_parents", "max_value")}),
+        id_ops=[2, 8] if PRESET == "tiny" else [2, 10]))
 
 
 def bench_grpo():
@@ -354,12 +356,11 @@ def bench_cost():
     """Minutes of the three stages with the settings of the preset, from some steps of each."""
     import grpo
     import midtrain
-    import pretrain
     with tempfile.TemporaryDirectory() as folder:
         untrained(folder, "pretrain")
         for script, init in (pretrain, ""), (midtrain, "--init init.pt"):
             rows = stage(folder, f"{script.__name__}.py", f"{init} --steps 90 --log-every 10 --eval-every 1000 --show 0")
-            # steps 21 to 80, a third of them with the longer texts that the last third of pre-training may have. The last row's time
+            # steps 21 to 80, about half of them with the longer texts of the late phase of pre-training. The last row's time
             # has the evaluation in it
             first, last = rows[1], rows[-2]
             problems_per_s = (last["problems"] - first["problems"]) / (last["seconds"] - first["seconds"])

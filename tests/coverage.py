@@ -64,7 +64,7 @@ def main():
     import pretrain
     for name, preset in pretrain.PRESETS.items():
         print(f"share of problems without new kinds of steps after {preset['late_mix']}, the late phase of preset {name}")
-        report(preset["late_mix"], data.World(preset["distractors"], preset["max_parents"], preset["max_value"]))
+        report(preset["late_mix"], data.World(preset["late_distractors"], preset["max_parents"], preset["max_value"]))
 
 
 if __name__ == "__main__":

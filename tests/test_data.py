@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import pickle
 import random
 import re
 import string
@@ -903,6 +904,24 @@ def test_a_row_longer_than_a_micro_batch_is_packed_whole():
     (first, (x, y, cu_seqlens, max_seqlen)), *others = data.micro_batches(rows, 512, packed=True)
     assert first == rows[:2] and x.shape == (1, 2048) and max_seqlen == 2048 and cu_seqlens[:4].tolist() == [0, 1499, 1508, 2048]
     assert [(batch, arrays[0].shape) for batch, arrays in others] == [(rows[2:], (1, 1024))]
+
+
+def test_a_step_can_be_sent_to_workers_of_every_kind():
+    """Where they are not forked (Windows, Macs, Python 3.14), all that a worker needs is pickled."""
+    model, steps = pytest.importorskip("model"), data.TrainingSteps(MIXTURE, batch_size=8)
+    batches, counts = pickle.loads(pickle.dumps(model.collate))(pickle.loads(pickle.dumps(steps))[3])
+    assert same([(x.numpy(), y.numpy(), blocks) for x, y, blocks in batches], steps[3]) and counts[0] > 0
+
+
+def test_later_stages_take_each_context_as_pretraining_saw_it():
+    recipe = dict(mix="zoo:2-4,school:2")
+    init = dict(id_ops=[2, 4], id_ranges={"zoo": [2, 4], "school": [2, 2]}, recipe=recipe)
+    assert data.stage_mixture(init, 0.2).spec == "zoo:2-4:0.2,school:2-2:0.2,zoo:5-6:0.8,school:3-3:0.8"
+    assert data.stage_mixture(init, 0.2, ops="5-6").spec == "zoo:2-4:0.2,school:2-2:0.2,zoo:5-6:0.8,school:5-6:0.8"
+    old = dict(id_ops=[2, 4], recipe=recipe)
+    assert data.stage_mixture(old, 0.2).spec == "zoo:2-4:0.2,school:2-4:0.2,zoo:5-6:0.8,school:5-6:0.8"
+    everywhere = dict(id_ops=[2, 5], id_ranges=dict.fromkeys(data.CONTEXTS, [2, 5]), recipe=recipe)
+    assert data.stage_mixture(everywhere, 0.2).spec == "all:2-5:0.2,all:6-7:0.8"
 
 
 def test_step_s_is_a_pure_function():

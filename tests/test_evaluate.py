@@ -420,7 +420,7 @@ def test_groups_are_by_the_range_of_each_context_and_old_checkpoints_have_one_ra
     assert checkpoint["id_ranges"] == dict.fromkeys(data.CONTEXTS, [2, 4])
     for ranges, expected in (({"zoo": [2, 4], "school": [2, 2]}, [["ID"], ["OOD-edge"], ["unseen"]]), (None, [["ID"]] * 3)):
         save_checkpoint(trained / "x.pt", checkpoint | dict(id_ranges=ranges))
-        _, report = evaluated(trained, "x.pt", *"--n 1 --ops 3 --problems 9".split())
+        _, report = evaluated(trained, "x.pt", *"--n 1 --ops 3 --problems 9 --context all".split())
         found = report["checkpoints"]["x.pt"]["contexts"]
         assert [[*found[context]] for context in ("zoo", "school", "movie")] == expected
 

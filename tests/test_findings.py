@@ -64,28 +64,18 @@ def test_verdicts_on_numbers_with_known_answers(changes, expected):
     assert all(claim["intervals"] == over and claim["evidence"] for claim in judged)
 
 
-def test_an_evaluation_is_read_with_either_form_of_its_intervals(tmp_path):
-    def checkpoint(values, interval):
-        def numbers(value, half):
-            return dict(verified={"pass@4": value, **interval(value, half)})
+def test_an_evaluation_is_read(tmp_path):
+    def estimate(value, half):
+        return {"pass@4": value, "pass@4 interval": [value - half, value + half]}
 
-        return dict(groups={"OOD-edge": numbers(values[0], 0.1)},
-                    ops={str(op): numbers(value, 0.03) for op, value in zip((5, 6, 7), values)})
+    def checkpoint(values):
+        return dict(groups={"OOD-edge": dict(verified=estimate(values[0], 0.1))},
+                    ops={str(op): dict(verified=estimate(value, 0.03)) for op, value in zip((5, 6, 7), values)})
 
-    def old(value, half):
-        return {"pass@4 +-": half}
-
-    def new(value, half):
-        return {"pass@4 interval": [value - half, value + half]}
-
-    read = []
-    for interval in old, new:
-        models = {"a/base.pt": checkpoint((0.5, 0.2, 0.1), interval), "a/edge.pt": checkpoint((0.9, 0.6, 0.3), interval)}
-        models["a/edge.pt"]["against_first"] = {"OOD-edge": {"pass@4": 0.4, **interval(0.4, 0.05)}}
-        (tmp_path / "e.json").write_text(json.dumps(dict(checkpoints=models, settings=dict(k=[4]))))
-        read.append(findings.read_seed(tmp_path / "e.json", past=5))
-    assert read[0] == read[1]
-    levels, changes, ks = read[0]
+    models = {"a/base.pt": checkpoint((0.5, 0.2, 0.1)), "a/edge.pt": checkpoint((0.9, 0.6, 0.3))}
+    models["a/edge.pt"]["against_first"] = {"OOD-edge": estimate(0.4, 0.05)}
+    (tmp_path / "e.json").write_text(json.dumps(dict(checkpoints=models, settings=dict(k=[4]))))
+    levels, changes, ks = findings.read_seed(tmp_path / "e.json", past=5)
     assert ks == ["pass@4"] and levels["base"] == {"OOD-edge": {"pass@4": (0.5, 0.4, 0.6)}} and [*changes] == ["edge"]
     assert changes["edge"]["OOD-edge"]["pass@4"] == pytest.approx((0.4, 0.35, 0.45))
     half = 0.03 * 2 ** 0.5

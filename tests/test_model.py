@@ -260,6 +260,7 @@ def test_gradients_side_by_side_are_those_of_the_plain_loop():
             its_loss, _ = M.accumulate(model, batches, counts, "cpu", precision)
             assert torch.get_num_threads() == n
             found.append([its_loss] + [p.grad for p in model.parameters()])
+            assert all(p.grad.stride() == p.stride() for p in model.parameters())  # the fused optimizer takes that for granted
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for i in (1, 3) for a, b in zip(found[i], found[i + 1]))

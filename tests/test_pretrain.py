@@ -177,6 +177,12 @@ def test_distractors_of_the_two_phases(tmp_path, monkeypatch, arguments, distrac
     assert (args.distractors, args.late_distractors) == distractors
 
 
+@pytest.mark.parametrize("late_from, ops", [(0, [3, 3]), (0.5, [2, 3]), (1, [2, 2])])
+def test_the_range_of_pretraining_is_that_of_the_phases_it_had(tmp_path, late_from, ops):
+    result = pretrain(tmp_path, "--mix", "zoo:2", "--late-mix", "zoo:3", "--late-from", late_from, "--steps", 2, "--out", "a.pt")
+    assert result.code == 0 and load_checkpoint(tmp_path / "a.pt")["id_ranges"] == {"zoo": ops}
+
+
 @pytest.mark.parametrize("arguments, mixes", [
     ("", ("zoo:2-6", "zoo:2-6:0.3,zoo:7-8:0.7")), ("--ops 2-10", ("all:2-10",) * 2), ("--mix zoo:3", ("zoo:3",) * 2),
     ("--late-mix school:2", ("zoo:2-6", "school:2")), ("--ops 2 --late-mix school:3", ("all:2", "school:3"))])
