@@ -959,7 +959,8 @@ def main():
 if __name__ == "__main__":
     if interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.stdout:  # not closed
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # closed: 2>&-
+    if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # what its encoding lacks, as the lines of a tree, becomes "?"
     try:
         main()

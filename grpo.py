@@ -246,7 +246,8 @@ def main():
             save_checkpoint(args.out, dict(
                 stage="grpo", config=asdict(model.config), id_ops=id_ops, id_ranges=init.get("id_ranges"), recipe=recipe,
                 problems=state["step"] * args.prompts, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                reference=reference and reference.state_dict(), rng=torch.get_rng_state(), **state))
+                reference=reference and reference.state_dict(), rng=torch.get_rng_state(),
+                **state | dict(run=f"{state['run']}-{state['step']}")))
 
     say(f"grpo from {args.init}, preset {args.preset}: {model.n_params() / 1e6:.2f}M parameters; mixture {args.mix}"
         f"{', curriculum' * args.curriculum}, {world}; {allowance or args.steps:.6g} {'tokens' if allowance else 'steps'}, a step "

@@ -104,7 +104,7 @@ def main():
     def save(step):
         if rank() == 0:
             save_checkpoint(args.out, dict(
-                stage=STAGE, config=asdict(model.config), id_ops=id_ops, id_ranges=id_ranges, recipe=recipe, run=state["run"],
+                stage=STAGE, config=asdict(model.config), id_ops=id_ops, id_ranges=id_ranges, recipe=recipe, run=f"{state['run']}-{step}",
                 step=step, problems=step * args.batch, tokens=int(tokens), seconds=time.perf_counter() - began,
                 val_loss=val_loss, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
                 rng=torch.get_rng_state()))

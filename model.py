@@ -1156,7 +1156,7 @@ def read_trained(path, vocabulary):
 def read_start(args, presets, vocabulary):
     """What midtrain.py and grpo.py start from: the checkpoint --init or, if --resume has something to continue, --out.
 
-    Sets args.preset, if it was not given, and args.init_run, the id of the run that made --init. Returns the checkpoint and its
+    Sets args.preset, if it was not given, and args.init_run, the run and step that made --init. Returns the checkpoint and its
     model. Raises ValueError with a line for the user.
     """
     if (args.budget is None) != (args.rl_share is None) or args.budget is not None and args.steps is not None:
@@ -1196,7 +1196,7 @@ def open_run(parser, args, stage, state, **parts):
     load_state_dict, or a list of such, by its name in the checkpoint. Returns the recipe: the settings that affect the result.
     --resume refuses a mismatch. Without --resume, old files are kept as .old.
     """
-    state["run"] = uuid.uuid4().hex  # tells a run from another to the same file
+    state["run"] = uuid.uuid4().hex  # tells a run from another to the same file; a checkpoint appends its step
     recipe = {k: v for k, v in vars(args).items() if k not in MAY_CHANGE} | {"ranks": n_ranks()}
     if args.resume and os.path.exists(args.out):
         with one_line_errors(parser):
@@ -1217,6 +1217,7 @@ def open_run(parser, args, stage, state, **parts):
                     for module, its_state in pairs:
                         module.load_state_dict(its_state)
                 state.update({name: checkpoint[name] for name in state})
+                state["run"] = state["run"].split("-")[0]
                 torch.set_rng_state(checkpoint["rng"])
             except Exception:  # a part is missing or is not what it should be
                 raise ValueError(f"{args.out} is not a whole checkpoint of {stage}: start afresh without --resume") from None

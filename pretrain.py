@@ -67,9 +67,9 @@ def arguments():
     with one_line_errors(p):
         choose_device(args)
         args.preset = args.preset or ("100m" if args.device.startswith("cuda") else "tiny")
-        if args.ops or args.mix:
+        if args.ops is not None or args.mix is not None:
             args.mix = data.mixture_of(args.ops, args.mix, None).spec
-        args.late_mix = data.parse_mixture(args.late_mix).spec if args.late_mix else args.mix
+        args.late_mix = args.mix if args.late_mix is None else data.parse_mixture(args.late_mix).spec
         args.late_distractors = args.distractors if args.late_distractors is None else args.late_distractors
         args.vocab_size, args.vocabulary = data.VOCAB_SIZE, data.VOCABULARY
         fill_from_preset(args, PRESETS[args.preset] | asdict(CONFIGS[args.preset]))
@@ -121,14 +121,16 @@ def main():
     optimizers = make_optimizers(model, args.lr, args.weight_decay, args.momentum if args.optimizer == "muon" else None,
                                  getattr(torch, args.dtype))
 
-    # step s trains on problems s * batch ... (s + 1) * batch - 1 of the stream; held out are others, of the late phase
+    # step s trains on problems s * batch ... (s + 1) * batch - 1 of the stream; held out are others, of the last phase
+    last_phase = int(late_from < args.steps)
+
     def stream(phase, split, batch, **more):
         return data.TrainingSteps(mixtures[phase], batch, SEED + args.seed, split, args.loss, worlds[phase], args.micro_tokens,
                                   packed=args.compile, at_a_time=n_at_a_time(device), **more)
 
     steps = stream(0, "train", args.batch, rank=rank(), n_ranks=n_ranks(),
                    late=(late_from, mixtures[1], worlds[1]))
-    held_out = next(step_batches(stream(1, "eval", 256), 0, 1, 0, device))
+    held_out = next(step_batches(stream(last_phase, "eval", 256), 0, 1, 0, device))
 
     # with --resume, open_run loads the state and the parts from --out
     state = dict(step=0, tokens=0, seconds=0.0, val_loss=None)
@@ -138,7 +140,7 @@ def main():
     def save(step):
         if rank() == 0:
             save_checkpoint(args.out, dict(
-                stage=STAGE, config=asdict(model.config), id_ops=id_ops, id_ranges=id_ranges, recipe=recipe, run=state["run"],
+                stage=STAGE, config=asdict(model.config), id_ops=id_ops, id_ranges=id_ranges, recipe=recipe, run=f"{state['run']}-{step}",
                 step=step, problems=step * args.batch, tokens=int(tokens), seconds=time.perf_counter() - began,
                 val_loss=val_loss, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
                 rng=torch.get_rng_state()))
@@ -200,7 +202,7 @@ def main():
             exit_if_interrupted(stop and not last, f"saved {args.out} at step {done}; continue with --resume")
     say(f"{args.out}: step {args.steps}, {args.steps * args.batch} problems, {(time.perf_counter() - began) / 60:.1f} minutes")
     exit_if_interrupted(interrupted, "in the last step, so nothing is left to do")
-    show(model, mixtures[1], worlds[1], args, precision)
+    show(model, mixtures[last_phase], worlds[last_phase], args, precision)
 
 
 def show(model, mixture, world, args, precision):

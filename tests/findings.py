@@ -374,7 +374,10 @@ def main():
 
     # done: of each finished job, by its file, the fingerprint and the minutes (null if it was resumed on the way)
     done_file = Path(folder, "jobs.json")
-    done = json.loads(done_file.read_text(encoding="utf-8")) if done_file.exists() else {}
+    try:
+        done = json.loads(done_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none, or it is broken: the stages themselves know what is finished
+        done = {}
     jobs = [job for seed in args.seeds for job in finding["jobs"](f"{folder}/seed{seed}", seed, settings)]
     todo = [job for job in jobs if job.out not in done or done[job.out]["fingerprint"] != fingerprint(job)]
     minutes = dict(settings["minutes"])

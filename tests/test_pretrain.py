@@ -180,7 +180,12 @@ def test_distractors_of_the_two_phases(tmp_path, monkeypatch, arguments, distrac
 @pytest.mark.parametrize("late_from, ops", [(0, [3, 3]), (0.5, [2, 3]), (1, [2, 2])])
 def test_the_range_of_pretraining_is_that_of_the_phases_it_had(tmp_path, late_from, ops):
     result = pretrain(tmp_path, "--mix", "zoo:2", "--late-mix", "zoo:3", "--late-from", late_from, "--steps", 2, "--out", "a.pt")
-    assert result.code == 0 and load_checkpoint(tmp_path / "a.pt")["id_ranges"] == {"zoo": ops}
+    checkpoint = load_checkpoint(tmp_path / "a.pt")
+    assert result.code == 0 and checkpoint["id_ranges"] == {"zoo": ops}
+    mix = {0: "zoo:3", 1: "zoo:2"}.get(late_from)
+    if mix:  # and what it reports is of it
+        alone = pretrain(tmp_path, "--mix", mix, "--steps", 2, "--out", "b.pt")
+        assert alone.code == 0 and load_checkpoint(tmp_path / "b.pt")["val_loss"] == checkpoint["val_loss"]
 
 
 @pytest.mark.parametrize("arguments, mixes", [
@@ -254,6 +259,16 @@ def assert_same_run(folder, whole):
 def test_a_killed_run_resumes_exactly(killed_twice, whole):
     assert_same_run(killed_twice, whole)
     assert sorted(os.listdir(killed_twice)) == ["a.jsonl", "a.pt"]
+
+
+def test_a_checkpoint_of_a_run_differs_from_a_later_one(tmp_path):
+    """So that what was made from the earlier one, or measured of it, is not taken for the later one's."""
+    runs = []
+    for steps in 2, 4:
+        assert pretrain(tmp_path, "--steps", 4, "--save-every", 2, "--out", "a.pt", "--resume",
+                        send=(signal.SIGKILL, 2) if steps == 2 else None).code in (0, -signal.SIGKILL)
+        runs.append(load_checkpoint(tmp_path / "a.pt")["run"])
+    assert [run.split("-")[1] for run in runs] == ["2", "4"] and len({run.split("-")[0] for run in runs}) == 1
 
 
 def test_a_resumed_run_has_the_same_random_state(killed_twice, whole):
@@ -466,7 +481,7 @@ def test_a_model_that_died_is_no_success(tmp_path):
 BAD = [  # arguments, words in the last line
     ("--ops 10-2", "10-2"), ("--ops 0-1", "0-1"), ("--ops 1-500", "1-500"), ("--ops x", "x"), ("--ops 2-", "2-"),
     ("--mix nonsense", "nonsense"), ("--mix zoo:2-4:x", "x"), ("--mix zoo:2-4:-1", "-1"), ("--mix zoo:2:0", "zero"),
-    ("--ops 2-4 --mix zoo:2", "not both"),
+    ("--ops 2-4 --mix zoo:2", "not both"), ("--mix=", "mixture"), ("--ops=", "2-10"), ("--late-mix=", "mixture"),
     ("--steps -1", "--steps"), ("--steps 0", "--steps"), ("--steps many", "--steps"), ("--batch 0", "--batch"),
     ("--micro-tokens 0", "--micro-tokens"), ("--log-every 0", "--log-every"), ("--save-every 0", "--save-every"),
     ("--preset nope", "nope"), ("--optimizer nope", "nope"), ("--loss nope", "nope"), ("--dtype nope", "nope"),
