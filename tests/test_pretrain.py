@@ -27,8 +27,8 @@ def pretrain(cwd, *arguments, **more):
 
 def loss_by_hand(model, split, count, loss="all"):
     """Mean surprise, in nats, of the tokens of the first problems of a split, one problem at a time."""
-    phase, enc, total, n = dict(train="", eval="late_")[split], data.tokenizer(), 0.0, 0
-    mix, distractors = (P.PRESETS["tiny"][phase + name] for name in ("mix", "distractors"))
+    enc, total, n = data.tokenizer(), 0.0, 0
+    mix, distractors = (P.PRESETS["tiny"][name] for name in ("mix", "distractors"))  # one step has no late phase
     for i in range(count):
         row = data.make_row(i, data.parse_mixture(mix), 0, split, data.World(distractors, 2, 20))
         prompt = len(data.encode(enc, data.prompt_text(row)))
