@@ -118,6 +118,14 @@ def solution_limit(mixture, id_ops, world):
     return max(len(ids) - n_prompt for ids, n_prompt in rows) * 3 // 2 + 16
 
 
+def held_out_mixtures(mixture, init):
+    """{"ID": mixture, "OOD-edge": mixture} of what to evaluate on, in the contexts of `mixture` that pre-training saw."""
+    ranges = data.seen_ops(init)
+    ranges = {context: ranges[context] for context in data.op_ranges(mixture) if context in ranges} or ranges
+    return {name: data.parse_mixture(data.in_group(ranges, name))
+            for name, (low, high) in data.op_groups(init["id_ops"]).items() if name != "OOD-hard" and low <= high}
+
+
 def draw_problems(first, count, mixture, split, seed, world):
     """This rank's part of problems first ... first + count - 1."""
     return [data.make_row(i, mixture, SEED + seed, split, world) for i in range(first + rank(), first + count, n_ranks())]
@@ -198,7 +206,7 @@ def all_updates(model, reference, optimizer, rollouts, args, device, precision):
 def main():
     parser, args, init, model = arguments()
     device, precision = set_up(args)
-    mixture, id_ops, ranges = data.parse_mixture(args.mix), init["id_ops"], data.seen_ops(init)
+    mixture, id_ops = data.parse_mixture(args.mix), init["id_ops"]
     ops = sorted({op for (_, op), weight in zip(mixture.cells, mixture.weights) if weight > 0})
     world = data.World(args.distractors, args.max_parents, args.max_value)
     allowance = args.budget and args.budget * args.rl_share / RL_COST  # tokens of RL
@@ -215,9 +223,7 @@ def main():
 
     enc, buffers = data.tokenizer(), {}  # buffers: where sampling keeps its memory and CUDA graphs from step to step
     end_of_text, generator = enc.encode_single_token(data.END), torch.Generator(device)
-    trained = {context: ranges[context] for context in data.op_ranges(mixture) if context in ranges} or ranges
-    mixtures = {name: data.parse_mixture(data.in_group(trained, name))
-                for name, (low, high) in data.op_groups(id_ops).items() if name != "OOD-hard" and low <= high}
+    mixtures = held_out_mixtures(mixture, init)
     eval_rows = {name: draw_problems(0, args.eval_problems, mixtures[name], "eval", args.seed, world) for name in mixtures}
     held_out_batch = next(step_batches(data.TrainingSteps(  # to notice a broken model
         mixtures["ID"], 16, SEED + args.seed, "eval", "solution", world, args.micro_tokens, rank(), n_ranks(), args.compile),

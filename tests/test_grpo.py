@@ -205,6 +205,14 @@ def random_tokens(n=60, seed=0):
     return logprobs, old, ref, torch.randn(n, generator=g).double()
 
 
+def test_held_out_problems_are_those_that_pretraining_saw_of_each_context():
+    init = dict(id_ops=[2, 4], id_ranges={"zoo": [2, 4], "school": [2, 2]}, recipe={})
+    for mix, expected in (("zoo:5,school:3,movie:2", ("zoo:2-4:1,school:2-2:1", "zoo:5-6:1,school:3-3:1")),
+                          ("school:3", ("school:2-2:1", "school:3-3:1")), ("movie:2", ("zoo:2-4:1,school:2-2:1",) * 1)):
+        found = G.held_out_mixtures(data.parse_mixture(mix), init)
+        assert [*found] == ["ID", "OOD-edge"] and tuple(m.spec for m in found.values())[:len(expected)] == expected
+
+
 def test_micro_batches_change_nothing():
     tokens = random_tokens()
     loss, gradient, sums = loss_and_gradient(*tokens, 60, 0.2, 0.1)
