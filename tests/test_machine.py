@@ -1,4 +1,5 @@
 """What all scripts promise about the machine they run on: its cores, memory and compiler, streams that end, signals."""
+import itertools
 import json
 import os
 import shutil
@@ -233,3 +234,51 @@ def test_a_torch_that_is_too_old_is_refused_in_one_line(tmp_path, script):
 def test_python_without_docstrings_will_do(tmp_path, script):
     code, out, err = ended(start(tmp_path, script, "--help", options=["-OO"]))
     assert code == 0 and "--out" in out, err
+
+
+def test_a_second_interrupt_ends_at_once_and_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with M.noted_interrupts() as noted:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert len(noted) == 1 and [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    code = ("import os, signal, time, model\nwith model.noted_interrupts():\n    for _ in range(2):\n"
+            "        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(1.2)\n    time.sleep(60)")
+    began = time.perf_counter()
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL, timeout=60).returncode == 130
+    assert time.perf_counter() - began < 50
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# progress and clocks
+
+def test_without_a_terminal_a_line_every_half_minute_says_how_far_a_run_is(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(M.time, "perf_counter", lambda: now[0])
+    with M.progress_bar(start=0.2) as show_progress:
+        for done in (0.3, 0.4, 0.5, 0.6):
+            now[0] += 20
+            show_progress(done, f"step {done}")
+    lines = capsys.readouterr().err.splitlines()
+    # after 40 s a fifth is done and three fifths are left; after 80 s two fifths are done and two are left
+    assert [line for line in lines if "left" in line] == [
+        " 40 %, about 2.0 minutes left, step 0.4", " 60 %, about 1.3 minutes left, step 0.6"]
+
+
+def clock_set_back():
+    moments = itertools.count(2e9, -3600)
+    time.time = lambda: next(moments)
+
+
+def test_a_clock_that_is_set_back_changes_no_time(tmp_path):
+    result = run(tmp_path, "pretrain.py", *RUN, before=clock_set_back)
+    assert result.code == 0 and "about -" not in result.out
+    assert all(row["tokens_per_s"] > 0 and row["seconds"] >= 0 for row in metrics(tmp_path / "a.jsonl"))
+
+
+def test_whatever_is_forgotten_how_often_the_first_run_is_still_there(tmp_path):
+    first = run(tmp_path, "pretrain.py", *RUN)
+    assert first.code == 0
+    kept = (tmp_path / "a.pt").read_bytes()
+    for suffix in ".old", ".old2":
+        assert run(tmp_path, "pretrain.py", *RUN, "--seed", "1").code == 0
+        assert (tmp_path / "a.pt.old").read_bytes() == kept and (tmp_path / f"a.jsonl{suffix}").exists()

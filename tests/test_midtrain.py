@@ -175,6 +175,13 @@ def test_a_run_killed_three_times_resumes_exactly_even_without_its_init(tmp_path
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.jsonl.old", "a.pt"]  # .old: of the run that left no checkpoint
 
 
+def test_resuming_takes_another_spelling_of_the_same_init(tmp_path, init, whole):
+    for path, name in ((whole / "a.pt", "a.pt"), (whole / "a.jsonl", "a.jsonl"), (init, "here.pt")):
+        (tmp_path / name).write_bytes(path.read_bytes())
+    result = midtrain(tmp_path, "./here.pt", *EIGHT, "--resume")
+    assert result.code == 0 and "at step 8" in result.out
+
+
 def test_resuming_after_the_stage_before_was_run_again_is_refused(tmp_path, init, whole):
     for name in ("a.pt", "a.jsonl"):
         (tmp_path / name).write_bytes((whole / name).read_bytes())
