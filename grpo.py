@@ -395,7 +395,7 @@ def as_text(held_out):
 # ----------------------------------------------------------------------------------------------------------------------
 # settings: a preset is what suits a size of model. Each but the betas can be changed on the command line
 
-SETTINGS = dict(  # name=(tiny, 100m). tiny: under ten minutes on two CPU cores; 100m: arXiv 2512.07783
+SETTINGS = dict(  # name=(tiny, 100m). tiny: ten minutes on two CPU cores; 100m: arXiv 2512.07783
     id_share=(0.2, 0.0),      # tiny: without problems from the range of pre-training a small model soon forgets it
     steps=(250, 200),
     prompts=(64, 1024),

@@ -100,7 +100,8 @@ EDGE_CLAIMS = {
         -rises("id", "ID", "pass@1", sign=-1), -rises("id", "OOD-edge"), -rises("id", "OOD-hard")),
     # not pass@1 of ID, which the share of ID that all arms have may raise
     "Data that is too hard changes nothing or harms": lambda rises: min(
-        -rises("hard", *which) for which in (("ID",), ("OOD-edge",), ("OOD-edge", "pass@1"), ("OOD-hard",), ("OOD-hard", "pass@1"))),
+        -rises("hard", group, k) for group, k in (("ID", None), ("OOD-edge", None), ("OOD-edge", "pass@1"), ("OOD-hard", None),
+                                                  ("OOD-hard", "pass@1"))),
 }
 
 FINDINGS = {"edge": dict(
@@ -179,12 +180,12 @@ def tail(log, count):
         return "\n".join([line for line in f.read().splitlines() if line.strip()][-count:])
 
 
-def run_jobs(todo, limit, prefix, finish):
+def run_jobs(to_run, limit, prefix, finish):
     """Run jobs side by side, at most `limit`, each after those that make what it needs; finish(job, minutes) after each.
 
     A job that fails, or Ctrl-C, interrupts the others, which save.
     """
-    waiting, running, said = list(todo), {}, time.time()
+    waiting, running, said = list(to_run), {}, time.time()
     environment = os.environ | dict(word.split("=") for word in prefix)
     try:
         while waiting or running:
@@ -379,27 +380,27 @@ def main():
     except (OSError, ValueError):  # there is none, or it is broken: the stages themselves know what is finished
         done = {}
     jobs = [job for seed in args.seeds for job in finding["jobs"](f"{folder}/seed{seed}", seed, settings)]
-    todo = [job for job in jobs if job.out not in done or done[job.out]["fingerprint"] != fingerprint(job)]
+    to_run = [job for job in jobs if job.out not in done or done[job.out]["fingerprint"] != fingerprint(job)]
     minutes = dict(settings["minutes"])
     for script in {d["script"] for d in done.values() if d["minutes"]}:
         minutes[script] = statistics.mean([d["minutes"] for d in done.values() if d["script"] == script and d["minutes"]])
 
     def chain(job):
         """Minutes of the job and of the longest chain of jobs that wait for it. The longest starts first."""
-        return minutes.get(job.command[0], 1) + max((chain(other) for other in todo if job.out in other.needs), default=0)
+        return minutes.get(job.command[0], 1) + max((chain(other) for other in to_run if job.out in other.needs), default=0)
 
-    todo.sort(key=chain, reverse=True)
-    known = all(job.command[0] in minutes for job in todo)
+    to_run.sort(key=chain, reverse=True)
+    known = all(job.command[0] in minutes for job in to_run)
     ends, cores = {}, [0] * limit  # when each job and, so far, each core is done
-    for job in todo:
+    for job in to_run:
         cores.sort()
         cores[0] = ends[job.out] = minutes.get(job.command[0], 0) + max(cores[0], *[ends.get(path, 0) for path in job.needs], 0)
-    say(f"{args.finding}, preset {args.preset}, seeds {args.seeds}: {len(todo)} commands to run, {limit} at a time, "
-        f"{len(jobs) - len(todo)} finished; expected time: "
+    say(f"{args.finding}, preset {args.preset}, seeds {args.seeds}: {len(to_run)} commands to run, {limit} at a time, "
+        f"{len(jobs) - len(to_run)} finished; expected time: "
         + (f"about {max(cores):.0f} minutes" if known else "not known; each log says that of its command"))
     if args.dry_run:
         for job in jobs:
-            say(shown(job, prefix) + ("" if job in todo else "   # finished"))
+            say(shown(job, prefix) + ("" if job in to_run else "   # finished"))
         return
 
     with one_line_errors(p):
@@ -411,7 +412,7 @@ def main():
         os.replace(f"{done_file}.part", done_file)
         say(f"done: {job.out}" + (f", {took:.1f} minutes" if took else ""))
 
-    run_jobs(todo, limit, prefix, finish)
+    run_jobs(to_run, limit, prefix, finish)
     report(args, finding, settings, folder)
 
 
