@@ -24,9 +24,10 @@ each time on a part of the prompts, towards larger
     N     = tokens of all solutions of the update, end-of-text included, over all micro-batches and ranks
 
 The reward r_i, 0 to 1, is what --reward says: outcome, whether the answer is right; process, the share of right steps; mixed,
-alpha * outcome + (1 - alpha) * process; strict, whether answer and whole solution are right. --reward-noise inverts the judgement
-of the reasoning, not that of the answer, in some solutions. A group has a gradient if its rewards differ. --curriculum draws an
-op in proportion to the share of its groups that had one lately; without --ops, from all ops up to OOD-hard.
+alpha * outcome + (1 - alpha) * process; verified, whether the answer and all needed steps are right; strict, whether the whole
+solution is. --reward-noise FP,FN takes a share FP of wrong reasonings for right and a share FN of right ones for wrong; it never
+touches the judgement of the answer. A group has a gradient if its rewards differ. --curriculum draws an op in proportion to the
+share of its groups that had one lately; without --ops, from all ops up to OOD-hard.
 
 Every token of an update weighs the same, as in DAPO (arXiv 2503.14476); the GRPO paper averages over each solution first.
 Writes a checkpoint to --out and metrics, one JSON row a step, beside it (out/grpo.jsonl). Ctrl-C saves. Below: the formula, the
@@ -94,7 +95,8 @@ def grpo_loss(logprobs, old_logprobs, ref_logprobs, advantages, n_tokens, clip_r
 
 SEED = 2_000_000   # added to --seed, so that the problems are not those of the stages before over again
 RL_COST = 5 / 3    # training tokens that a token of RL costs, as in the paper. Operations per parameter: rollout 2, reference 2,
-                   # update 6, together 10; a training token costs 6. We keep 10/6 for --kl 0, too, though it is 8/6 then
+                   # update 6, together 10; a training token costs 6. A budget counts 10/6 always. `spent_tokens` of the log counts
+                   # what is done: no reference with --kl 0, and then no update of a solution without an advantage either
 FLOOR = 0.1        # --curriculum: the smallest factor of an op, so that every op is still drawn sometimes
 MEMORY = 0.9       # --curriculum: decay per step of the moving average `learnable`
 
@@ -138,16 +140,21 @@ def judge(rows, solutions, map_fn):
     return list(map_fn(verify, golds, [data.decode(enc, ids) for ids in solutions]))
 
 
-def misjudged(verdict):
-    """The verdict with the judgement of the reasoning inverted; that of the answer stays."""
-    return verdict | dict(process=1 - verdict["process"], verified=verdict["outcome"] and not verdict["verified"],
-                          strict=verdict["outcome"] and not verdict["strict"])
+def misjudged(verdict, false_positive, false_negative, chance, kind):
+    """The verdict as a noisy judge of the reasoning gives it. The reasoning is right if all needed steps are or, for the reward
+    `strict`, if the whole solution is. chance, in 0..1, decides whether this one is misjudged. The answer is judged as it is."""
+    right = verdict["strict"] if kind == "strict" else verdict["process"] == 1
+    if chance >= (false_negative if right else false_positive):
+        return verdict
+    return verdict | dict(process=float(not right), verified=verdict["outcome"] and not right,
+                          strict=verdict["outcome"] and not right)
 
 
 def give_rewards(verdicts, step, args):
-    """The rewards of the verdicts, (P G,). --reward-noise inverts some judgements of the reasoning."""
-    wrong = np.random.default_rng((args.seed, step, rank())).random(len(verdicts)) < args.reward_noise
-    return torch.tensor([reward(misjudged(v) if w else v, args.reward, args.alpha) for v, w in zip(verdicts, wrong)])
+    """The rewards of the verdicts, (P G,), with --reward-noise."""
+    chances = np.random.default_rng((args.seed, step, rank())).random(len(verdicts))
+    return torch.tensor([reward(misjudged(v, *args.reward_noise, chance, args.reward), args.reward, args.alpha)
+                         for v, chance in zip(verdicts, chances)])
 
 
 def update(model, reference, optimizer, rollouts, args, device, precision, sums, fresh):
@@ -214,7 +221,7 @@ def main():
     model.to(device).train()
     reference = copy.deepcopy(model).requires_grad_(False) if args.kl else None
     optimizer, = make_optimizers(model, args.lr, args.weight_decay, betas=args.betas)
-    state = dict(step=0, tokens=0, seconds=0.0, held_out=None, learnable=[1.0] * len(ops))
+    state = dict(step=0, tokens=0, spent=0.0, seconds=0.0, held_out=None, learnable=[1.0] * len(ops))
     # with --resume, `model` has the trained weights already; open_run loads the counters of `state`, the optimizer and the
     # reference, which has the weights of --init
     recipe = open_run(parser, args, "grpo", state, model=model, optimizer=optimizer, **{"reference": reference} if args.kl else {})
@@ -301,6 +308,7 @@ def main():
             for op, group in groups.items():
                 learnable[op] = MEMORY * learnable[op] + (1 - MEMORY) * group["gradient"]
             state["step"], state["tokens"] = step + 1, state["tokens"] + sum(r["tokens"] for r in records)
+            state["spent"] += sum(r["tokens"] * (2 + r["updated"] * (8 if args.kl else 6)) / 6 for r in records)
 
             # look, log, save
             done, end, stop = step + 1, progress() >= 1, any_rank(interrupted, device)
@@ -315,7 +323,7 @@ def main():
             if done % args.log_every == 0 or end:
                 row = dict(step=done, problems=done * args.prompts, lr=lr, **means(records, sums, grad_norms),
                            groups=groups, held_out=state["held_out"], tokens=state["tokens"],
-                           training_tokens=round(state["tokens"] * RL_COST), rollout_s=round(t_sampled - t_start, 3),
+                           training_tokens=round(state["tokens"] * RL_COST), spent_tokens=round(state["spent"]), rollout_s=round(t_sampled - t_start, 3),
                            verify_s=round(t_judged - t_sampled, 3), update_s=round(t_updated - t_judged, 3),
                            seconds=round(state["seconds"], 2))
                 row["tokens_per_s"] = round(row["length"] * len(records) / (t_sampled - t_start))
@@ -346,7 +354,7 @@ def describe(rows, rollouts, verdicts, rewards, args):
         op=rows[j // args.rollouts]["op"], reward=float(rewards[j]),
         right=reward(v, args.reward, args.alpha) > 1 - 1e-6,  # whatever the noise says
         outcome=v["outcome"], process=v["process"], verified=v["verified"], strict=v["strict"],
-        tokens=len(r.ids), length=len(r.ids) - r.n_prompt, truncated=r.ids[-1] != end_of_text)
+        tokens=len(r.ids), updated=bool(args.kl or r.advantage != 0), length=len(r.ids) - r.n_prompt, truncated=r.ids[-1] != end_of_text)
         for j, (r, v) in enumerate(zip(rollouts, verdicts))])
 
 
@@ -416,6 +424,12 @@ SETTINGS = dict(  # name=(tiny, 100m). tiny: ten minutes on two CPU cores; 100m:
 PRESETS = {preset: {name: values[i] for name, values in SETTINGS.items()} for i, preset in enumerate(("tiny", "100m"))}
 
 
+def noise(text):
+    """An argparse type: 0.1,0.2 -> [0.1, 0.2]."""
+    false_positive, false_negative = map(at_least(0.0, up_to=1), text.split(","))
+    return [false_positive, false_negative]
+
+
 def arguments():
     p = stage_parser(__doc__, PRESETS, out="out/grpo.pt", log_every=1)
     add_start_options(p, init="out/midtrain.pt", rl_share=at_least(1e-6, up_to=1))
@@ -425,7 +439,7 @@ def arguments():
     g = p.add_argument_group("reward and loss")
     g.add_argument("--reward", choices=REWARDS, default="strict", help="see above (default strict)")
     g.add_argument("--alpha", type=at_least(0.0, up_to=1), default=0.2, help="share of outcome in --reward mixed (default 0.2)")
-    g.add_argument("--reward-noise", type=at_least(0.0, up_to=1), default=0.0, help="share of inverted judgements")
+    g.add_argument("--reward-noise", type=noise, default=[0.0, 0.0], metavar="FP,FN", help="shares of wrong judgements, see above")
     g.add_argument("--advantage", choices=["std", "mean"], default="std", help="see above (default std)")
     g.add_argument("--clip-ratio", type=at_least(1e-6), default=0.2, help="eps of the formula (default 0.2)")
     g.add_argument("--kl", type=at_least(0.0), help="beta, weight of the KL to --init; 0 needs no reference model")

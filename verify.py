@@ -50,7 +50,7 @@ UNPARSABLE, STRAY = "unparsable step", "stray text"
 # One mistake gets one name: a difference from the gold step is not named where an error of the step itself causes it.
 CAUSES = {error: {UNPARSABLE, UNDEFINED, UNUSED, RULE} for error in (PARENTS, RULE)} | {VALUE: {UNPARSABLE, ARITHMETIC}}
 
-REWARDS = ("outcome", "process", "mixed", "strict")
+REWARDS = ("outcome", "process", "mixed", "verified", "strict")
 
 # -----------------------------------------------------------------------------
 # text -> graph
@@ -376,7 +376,7 @@ def _compare(gold, trace):
 
 
 def reward(verdict, kind, alpha=0.2):
-    """The reward, 0..1, of a verdict of `verify`; kind is outcome, process, mixed or strict.
+    """The reward, 0..1, of a verdict of `verify`; kind is outcome, process, mixed, verified or strict.
 
     mixed is alpha * outcome + (1 - alpha) * process, as the paper has it (arXiv 2512.07783; alpha 0.2 and 0.5). The
     authors' code departs from that formula and gives 0 whenever the answer is wrong; here right steps always earn their

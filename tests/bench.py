@@ -345,7 +345,7 @@ def bench_grpo():
     with tempfile.TemporaryDirectory() as folder:
         untrained(folder, "midtrain")
         last = stage(folder, "grpo.py", "--init init.pt --max-new 192 --steps 3 --eval-every 9 --eval-problems 8 "
-                     "--reward process --reward-noise 0.5")[-1]
+                     "--reward process --reward-noise 0.5,0.5")[-1]
         for name in ("rollout_s", "verify_s", "update_s"):
             row(f"GRPO step, preset {PRESET}, {name}, ms", 1000 * last[name])
         row(f"GRPO step, preset {PRESET}, sampled tokens/s", last["tokens_per_s"])

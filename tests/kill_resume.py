@@ -25,7 +25,7 @@ STAGES = {  # every one saves several times, in and out of step with its evaluat
     "midtrain": "--device cpu --batch 16 --steps 30 --save-every 7 --eval-every 20 --log-every 1 --show 0",
     # with noise, so that a model this raw gets rewards
     "grpo": "--device cpu --prompts 4 --rollouts 4 --steps 14 --save-every 3 --eval-every 8 --eval-problems 4 --max-new 64 "
-            "--curriculum --reward process --reward-noise 0.3 --kl 0.05",
+            "--curriculum --reward process --reward-noise 0.3,0.3 --kl 0.05",
 }
 TIMES = {"seconds", "run", "tokens_per_s", "problems_per_s", "waiting", "rollout_s", "verify_s", "update_s"}
 

@@ -304,28 +304,39 @@ def verdict(outcome, process, strict):
 
 
 def test_rewards_by_hand():
-    table = [  # verdict; outcome, process, mixed at 0.2 and at 0.5, strict; and the same if the process is misjudged
-        (verdict(True, 1.0, True), (1, 1, 1, 1, 1), (1, 0, 0.2, 0.5, 0)),
-        (verdict(True, 1.0, False), (1, 1, 1, 1, 0), (1, 0, 0.2, 0.5, 1)),
-        (verdict(True, 0.25, False), (1, 0.25, 0.4, 0.625, 0), (1, 0.75, 0.8, 0.875, 1)),
-        (verdict(False, 0.75, False), (0, 0.75, 0.6, 0.375, 0), (0, 0.25, 0.2, 0.125, 0)),
-        (verdict(False, 0.0, False), (0, 0, 0, 0, 0), (0, 1, 0.8, 0.5, 0)),
+    table = [  # verdict; outcome, process, mixed at 0.2 and at 0.5, verified, strict; and the same if the reasoning is misjudged
+        (verdict(True, 1.0, True), (1, 1, 1, 1, 1, 1), (1, 0, 0.2, 0.5, 0, 0)),
+        (verdict(True, 1.0, False), (1, 1, 1, 1, 1, 0), (1, 0, 0.2, 0.5, 0, 1)),
+        (verdict(True, 0.25, False), (1, 0.25, 0.4, 0.625, 0, 0), (1, 1, 1, 1, 1, 1)),
+        (verdict(False, 1.0, False), (0, 1, 0.8, 0.5, 0, 0), (0, 0, 0, 0, 0, 0)),
+        (verdict(False, 0.75, False), (0, 0.75, 0.6, 0.375, 0, 0), (0, 1, 0.8, 0.5, 0, 0)),
+        (verdict(False, 0.0, False), (0, 0, 0, 0, 0, 0), (0, 1, 0.8, 0.5, 0, 0)),
     ]
-    kinds = [("outcome", 0.2), ("process", 0.2), ("mixed", 0.2), ("mixed", 0.5), ("strict", 0.2)]
+    kinds = [("outcome", 0.2), ("process", 0.2), ("mixed", 0.2), ("mixed", 0.5), ("verified", 0.2), ("strict", 0.2)]
     for v, right, wrong in table:
         before = dict(v)
         assert [reward(v, *kind) for kind in kinds] == pytest.approx(right)
-        assert [reward(misjudged(v), *kind) for kind in kinds] == pytest.approx(wrong)
-        assert v == before and misjudged(v)["outcome"] == v["outcome"]
-        assert misjudged(v)["verified"] == (v["outcome"] and not v["verified"])
-        assert misjudged(misjudged(v))["process"] == v["process"]
+        assert [reward(misjudged(v, 1, 1, 0.99, kind[0]), *kind) for kind in kinds] == pytest.approx(wrong)
+        assert v == before
+
+
+def test_wrong_and_right_reasoning_are_misjudged_apart():
+    right, unproven, wrong = verdict(True, 1.0, True), verdict(True, 1.0, False), verdict(True, 0.5, False)
+    for kind, rights, wrongs in (("process", [right, unproven], [wrong]), ("strict", [right], [unproven, wrong])):
+        for v in wrongs:  # a false positive with probability 0.3
+            assert reward(misjudged(v, 0.3, 0, 0.29, kind), kind) == 1
+            assert misjudged(v, 0.3, 1, 0.31, kind) == v
+        for v in rights:  # a false negative with probability 0.2
+            assert reward(misjudged(v, 0, 0.2, 0.19, kind), kind) == 0
+            assert misjudged(v, 1, 0.2, 0.21, kind) == v
 
 
 @pytest.mark.parametrize("kind, noise, expected", [
-    ("outcome", 0, lambda r: r["outcome"]), ("process", 0, lambda r: r["process"]), ("strict", 0, lambda r: r["strict"]),
-    ("mixed", 0, lambda r: 0.3 * r["outcome"] + 0.7 * r["process"]),
-    ("mixed", 1, lambda r: 0.3 * r["outcome"] + 0.7 * (1 - r["process"])),
-    ("strict", 1, lambda r: r["outcome"] - r["strict"])])
+    ("outcome", "0,0", lambda r: r["outcome"]), ("process", "0,0", lambda r: r["process"]),
+    ("verified", "0,0", lambda r: r["verified"]), ("strict", "0,0", lambda r: r["strict"]),
+    ("mixed", "0,0", lambda r: 0.3 * r["outcome"] + 0.7 * r["process"]),
+    ("strict", "1,0", lambda r: r["outcome"]), ("strict", "0,1", lambda r: 0),
+    ("strict", "1,1", lambda r: r["outcome"] - r["strict"])])
 def test_a_run_learns_from_the_reward_that_was_asked_for(tmp_path, init, kind, noise, expected):
     result = grpo(tmp_path, init, "--steps", 1, "--reward", kind, "--alpha", 0.3, "--reward-noise", noise,
                   "--prompts", 8)
@@ -337,7 +348,7 @@ def test_a_run_learns_from_the_reward_that_was_asked_for(tmp_path, init, kind, n
 
 def test_noise_strikes_each_solution_by_itself(tmp_path, untrained):
     """Nothing that an untrained model writes is right: the reward is the share of solutions that were misjudged."""
-    result = grpo(tmp_path, untrained, *"--steps 2 --reward process --reward-noise 0.3 --prompts 32 --rollouts 8".split(),
+    result = grpo(tmp_path, untrained, *"--steps 2 --reward process --reward-noise 0.3,0.1 --prompts 32 --rollouts 8".split(),
                   "--max-new", 2)
     assert result.code == 0, result
     rows = metrics(tmp_path / "a.jsonl")
@@ -513,9 +524,21 @@ def test_the_metrics_are_those_computed_by_hand(traced, groups):
         assert of_op["mixed"] == pytest.approx(1 - of_op["all_right"] - of_op["all_wrong"])
         assert of_op["gradient"] == np.mean([max(r) > min(r) for r in rewards])
         tokens += sum(len(prompt) + len(ids) for prompt, ids, *_ in solutions)
-        assert row["tokens"] == tokens and row["training_tokens"] == round(tokens * 5 / 3)
+        assert row["tokens"] == tokens and row["training_tokens"] == row["spent_tokens"] == round(tokens * 5 / 3)
         assert (row["step"], row["problems"], row["lr"]) == (j + 1, 5 * j + 5, pytest.approx([1.5e-3, 2e-3][j]))
     assert any(0 < len({r for *_, r, _ in group}) - 1 for group in groups[0])  # there was something to learn
+
+
+def test_what_is_not_done_is_not_counted_as_spent(tmp_path, untrained):
+    """Nothing that an untrained model writes is right, so false positives decide which groups have a gradient."""
+    for false_positives in (0, 0.5, 1):
+        result = grpo(tmp_path, untrained, *"--steps 1 --reward process --kl 0 --prompts 16 --rollouts 2 --max-new 2".split(),
+                      "--reward-noise", f"{false_positives},0")
+        assert result.code == 0, result
+        row, = metrics(tmp_path / "a.jsonl")
+        share = row["groups"]["2"]["gradient"]  # prompts are of about equal length
+        assert 0.2 < share < 0.8 if false_positives == 0.5 else share == 0
+        assert row["spent_tokens"] / row["tokens"] == pytest.approx((2 + 6 * share) / 6, rel=0.05)
 
 
 def test_the_held_out_shares_are_those_computed_by_hand(traced):
@@ -794,7 +817,7 @@ def test_bfloat16_runs_and_says_how_far_sampling_is_from_training(tmp_path, init
 # ----------------------------------------------------------------------------------------------------------------------
 # resuming: with noise, two ops, a curriculum, KL and a warm-up, all of which have a state to lose
 
-SIX = "--mix zoo:2-3 --curriculum --reward mixed --reward-noise 0.1 --kl 0.05 --lr 3e-3 --min-lr 1e-3 --warmup 4 --steps 6 " \
+SIX = "--mix zoo:2-3 --curriculum --reward mixed --reward-noise 0.1,0.2 --kl 0.05 --lr 3e-3 --min-lr 1e-3 --warmup 4 --steps 6 " \
       "--save-every 2 --eval-every 3 --eval-problems 2".split()
 TIMES = {"seconds", "rollout_s", "verify_s", "update_s", "tokens_per_s"}
 
@@ -1006,7 +1029,8 @@ BAD = [  # arguments, words in the last line
     ("--eval-every 0", "--eval-every"), ("--eval-problems 0", "--eval-problems"), ("--save-every 0", "--save-every"),
     ("--reward foo", "foo"), ("--alpha 2", "--alpha"), ("--alpha -0.1", "--alpha"), ("--alpha nan", "--alpha"),
     ("--id-share 0.2 --curriculum", "--curriculum"), ("--id-share -0.1 --ops 3", "--id-share"), ("--id-share nan --ops 3", "--id-share"),
-    ("--reward-noise -1", "--reward-noise"), ("--reward-noise 1.5", "--reward-noise"), ("--advantage foo", "foo"),
+    ("--reward-noise 0.1", "--reward-noise"), ("--reward-noise -1,0", "--reward-noise"), ("--advantage foo", "foo"),
+    ("--reward-noise 0,1.5", "--reward-noise"), ("--reward-noise 0,0,0", "--reward-noise"),
     ("--clip-ratio 0", "--clip-ratio"), ("--kl -1", "--kl"), ("--kl nan", "--kl"), ("--temperature 0", "--temperature"),
     ("--temperature -1", "--temperature"), ("--temperature inf", "--temperature"), ("--lr -1", "--lr"), ("--lr inf", "--lr"),
     ("--clip 0", "--clip"), ("--warmup -1", "--warmup"), ("--weight-decay -1", "--weight-decay"), ("--seed -1", "--seed"),

@@ -803,18 +803,18 @@ def test_verified_tolerates_extra_nodes():
 
 def test_reward():
     right = V.verify(GOLD, GOLD)
-    assert [V.reward(right, kind) for kind in V.REWARDS] == [1, 1, 1, 1]
+    assert [V.reward(right, kind) for kind in V.REWARDS] == [1, 1, 1, 1, 1]
     lucky = V.verify(GOLD, "Answer: 24.")
-    assert [V.reward(lucky, kind) for kind in ("outcome", "process", "mixed", "strict")] == [1, 0, 0.2, 0]
+    assert [V.reward(lucky, kind) for kind in V.REWARDS] == [1, 0, 0.2, 0, 0]
     unlucky = V.verify(GOLD, BODY + "Answer: 23.")       # the authors' code gives this one nothing
-    assert [V.reward(unlucky, kind) for kind in ("outcome", "process", "mixed", "strict")] == [0, 1, 0.8, 0]
+    assert [V.reward(unlucky, kind) for kind in V.REWARDS] == [0, 1, 0.8, 0, 0]
     half = {"outcome": True, "process": 0.5, "verified": False, "strict": False, "errors": []}
     assert V.reward(half, "mixed") == pytest.approx(0.2 + 0.8 * 0.5)
     assert V.reward(half, "mixed", alpha=0.5) == pytest.approx(0.75)
     assert V.reward(half, "mixed", alpha=0) == 0.5 and V.reward(half, "mixed", alpha=1) == 1
     assert all(type(V.reward(right, kind)) is float for kind in V.REWARDS)
-    with pytest.raises(ValueError, match="outcome, process, mixed, strict"):
-        V.reward(right, "verified")
+    with pytest.raises(ValueError, match="outcome, process, mixed, verified, strict"):
+        V.reward(right, "errors")
 
 
 def test_explain_marks_each_step():
