@@ -633,6 +633,32 @@ def make_row(i, mixture, seed=0, split="train", world=World()):
                 mode="normalforward", length="zero_context", d=2)
 
 
+# an assignment of a solution, with its rule and value: d = 7, d = b = 7 or d = b + c = 3 + 4 = 7
+ASSIGNMENT = re.compile(r"([A-Za-z]) = (?:([A-Za-z]|\w+ [-+*] [A-Za-z]) = (?:\d+ [-+*] \d+ = )?)?(\d+)(?=[;.])")
+
+
+def with_wrong_step(row):
+    """The row with one mistake in its solution: one value, of a random assignment, is 1 to 3 too small or too large. What follows is
+    computed from it as it should be, so the answer is mostly wrong, too. A pure function of the row."""
+    rng, steps = random.Random(f"wrong step of {row['id']}"), row["solution"].partition("Answer:")[0]
+    while True:
+        wrong, error = int(rng.random() * len(ASSIGNMENT.findall(steps))), (-3, -2, -1, 1, 2, 3)[int(rng.random() * 6)]
+        values = {}  # letter -> value so far
+
+        def assign(match):
+            letter, rule, literal = match.groups()
+            operands = [str(values.get(word, word)) for word in rule.split()] if rule else [literal]
+            a, sign, b = operands if len(operands) == 3 else (operands[0], "+", 0)
+            value = int(a) * int(b) if sign == "*" else int(a) + int(b) * (-1 if sign == "-" else 1)
+            values[letter] = value = value + error * (len(values) == wrong)
+            numbers = f"{' '.join(operands)} = " * (len(operands) == 3)
+            return f"{letter} = " + (f"{rule} = " if rule else "") + f"{numbers}{value}"
+
+        solution = ASSIGNMENT.sub(assign, steps)
+        if min(values.values()) >= 0:
+            return row | dict(solution=f"{solution}Answer: {[*values.values()][-1]}.")
+
+
 def read_rows(path):
     """Rows of a JSONL file in the public format. Raises ValueError or OSError with one line for the user."""
     rows = []
@@ -769,20 +795,26 @@ class TrainingSteps:
 
     A micro-batch is (x, y, ...), int64 arrays (1, tokens). y[0, t] is the token after x[0, t], or IGNORE where there is no
     loss: on padding and, with loss="solution", on the prompt. late = (step, mixture, world) are another mixture and world
-    from that step on.
+    from that step on. A share wrong_steps of the solutions, drawn problem by problem, has a mistake (`with_wrong_step`).
     Works as a map-style data set of torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(start, end)).
     """
 
     def __init__(self, mixture, batch_size, seed=0, split="train", loss="all", world=World(), micro_tokens=8192,
-                 rank=0, n_ranks=1, packed=False, at_a_time=1, late=None):
+                 rank=0, n_ranks=1, packed=False, at_a_time=1, late=None, wrong_steps=0.0):
         self.early, (self.late_from, *self.late) = (mixture, world), late or (math.inf,)
         self.batch_size, self.seed, self.split, self.loss, self.micro_tokens = batch_size, seed, split, loss, micro_tokens
         self.rank, self.n_ranks, self.packed, self.at_a_time, self.enc = rank, n_ranks, packed, at_a_time, tokenizer()
+        self.wrong_steps = wrong_steps
+
+    def row(self, i, mixture, world):
+        row = make_row(i, mixture, self.seed, self.split, world)
+        mistaken = self.wrong_steps and random.Random(row["id"]).random() < self.wrong_steps
+        return with_wrong_step(row) if mistaken else row
 
     def __getitem__(self, step):
         first = step * self.batch_size
         mixture, world = self.early if step < self.late_from else self.late
-        rows = [encode_row(self.enc, make_row(i, mixture, self.seed, self.split, world))
+        rows = [encode_row(self.enc, self.row(i, mixture, world))
                 for i in range(first + self.rank, first + self.batch_size, self.n_ranks)]
         return [arrays for _, arrays in micro_batches(rows, self.micro_tokens, self.loss, self.packed, self.at_a_time)]
 

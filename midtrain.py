@@ -48,6 +48,7 @@ def arguments():
     p = stage_parser(__doc__, PRESETS, out="out/midtrain.pt")
     add_start_options(p, init="out/pretrain.pt", rl_share=at_least(0.0, up_to=0.99))
     add_prediction_options(p)
+    p.add_argument("--wrong-steps", type=at_least(0.0, up_to=1), default=0.0, help="share of solutions with a mistake (default 0)")
     args = p.parse_args()
     with one_line_errors(p):
         choose_device(args)
@@ -93,7 +94,7 @@ def main():
         return data.TrainingSteps(mixture, batch, SEED + args.seed, split, args.loss, world, args.micro_tokens,
                                   packed=args.compile, at_a_time=n_at_a_time(device), **more)
 
-    steps = stream("train", args.batch, rank=rank(), n_ranks=n_ranks())
+    steps = stream("train", args.batch, rank=rank(), n_ranks=n_ranks(), wrong_steps=args.wrong_steps)
     held_out = next(step_batches(stream("eval", 256), 0, 1, 0, device))
 
     # with --resume, open_run loads the state and the parts from --out

@@ -1116,7 +1116,7 @@ def say_expected_time(run, probes, n_steps):
 
 # what --resume does not compare: it changes rounding at most, or (ops, id_share, eval_json) is resolved into `mix` already
 MAY_CHANGE = set("resume out metrics ops id_share eval_json device compile micro_tokens workers log_every eval_every "
-                "eval_problems save_every show".split())
+                "eval_problems save_every keep_every show".split())
 
 
 def check_outputs(*paths, inputs=()):

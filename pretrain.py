@@ -60,6 +60,7 @@ def arguments():
     p.add_argument("--late-distractors", type=at_least(0.0), help="--distractors of the late phase (default: as before it)")
     p.add_argument("--late-from", type=at_least(0.0, up_to=1.0), help="share of the steps before the late phase")
     add_prediction_options(p)
+    p.add_argument("--keep-every", type=at_least(1), metavar="N", help="also keep the checkpoint of every N steps, as OUT-STEP.pt")
     g = p.add_argument_group("model (defaults from the preset)", "see Config in model.py and new_model in pretrain.py")
     for name, low in LEAST.items():
         g.add_argument("--" + name.replace("_", "-"), type=at_least(low))
@@ -137,9 +138,9 @@ def main():
     recipe = open_run(parser, args, STAGE, state, model=model, optimizers=optimizers)
     start, tokens, val_loss = state["step"], torch.tensor(state["tokens"], device=device), state["val_loss"]
 
-    def save(step):
+    def save(step, path):
         if rank() == 0:
-            save_checkpoint(args.out, dict(
+            save_checkpoint(path, dict(
                 stage=STAGE, config=asdict(model.config), id_ops=id_ops, id_ranges=id_ranges, recipe=recipe, run=f"{state['run']}-{step}",
                 step=step, problems=step * args.batch, tokens=int(tokens), seconds=time.perf_counter() - began,
                 val_loss=val_loss, model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers],
@@ -198,7 +199,9 @@ def main():
                 show_progress(done / args.steps, f"step {done}, loss {row['loss']:.3f}, {known}{row['tokens_per_s']} tokens/s"
                               + (f", MFU {row['mfu']:.2f}" if "mfu" in row else ""))
             if save_now:
-                save(done)
+                save(done, args.out)
+            if args.keep_every and done % args.keep_every == 0:
+                save(done, f"{args.out.removesuffix('.pt')}-{done}.pt")
             exit_if_interrupted(stop and not last, f"saved {args.out} at step {done}; continue with --resume")
     say(f"{args.out}: step {args.steps}, {args.steps * args.batch} problems, {(time.perf_counter() - began) / 60:.1f} minutes")
     exit_if_interrupted(interrupted, "in the last step, so nothing is left to do")

@@ -1150,3 +1150,51 @@ def test_training_lengths_come_near_those_of_op_20():
     short, long = (np.array([len(data.encode_row(ENC, row)[0]) for row in rows(spec, n, 21)])
                    for spec, n in (("10", 800), ("20", 100)))
     assert np.quantile(short, 0.99) > 0.8 * long.mean()
+
+
+@pytest.mark.parametrize("spec, world", [("all:2-20", data.World()), ("zoo:2-12", data.World(0.5, 2, 20))])
+def test_a_wrong_step_is_one_mistake_and_the_rest_follows_from_it(spec, world):
+    def recomputed(text):
+        """Letters with what they are by the solution's own rules, from the values as written before, and what is written."""
+        written, found = {}, []
+        for letter, work in re.findall(r"([A-Za-z]) = ([^;.]+)", text.partition("Answer:")[0]):
+            *rules, value = work.split(" = ")
+            by_rule = eval(rules[0], {}, written) if rules else None  # noqa: S307  letters of a problem that we made
+            if len(rules) == 2:
+                assert rules[1] == re.sub("[A-Za-z]", lambda m: str(written[m[0]]), rules[0])
+            written[letter] = int(value)
+            found.append((letter, by_rule, int(value)))
+        return found
+
+    mixture, places, rights = data.parse_mixture(spec), set(), 0
+    for i in range(200):
+        row = data.make_row(i, mixture, world=world)
+        wrong = data.with_wrong_step(row)
+        assert wrong == data.with_wrong_step(row)
+        assert {**wrong, "solution": None} == {**row, "solution": None}
+        before, after = recomputed(row["solution"]), recomputed(wrong["solution"])
+        assert [letter for letter, _, _ in before] == [letter for letter, _, _ in after]
+        mistakes = [j for j, (was, now) in enumerate(zip(before, after)) if now[2] != (was[2] if now[1] is None else now[1])]
+        assert len(mistakes) == 1
+        j, = mistakes
+        right = before[j][2] if after[j][1] is None else after[j][1]
+        assert 1 <= abs(after[j][2] - right) <= 3 and min(value for _, _, value in after) >= 0
+        assert wrong["solution"].endswith(f"Answer: {after[-1][2]}.")
+        places.add(j)
+        rights += after[-1][2] == before[-1][2]
+    assert {0, 1, 2, 3} <= places and rights < 20
+
+
+def test_the_share_of_wrong_steps_in_training():
+    mixture, enc = data.parse_mixture("zoo:4"), data.tokenizer()
+
+    def texts(share):
+        steps = data.TrainingSteps(mixture, 400, wrong_steps=share)
+        return [data.decode(enc, data.encode_row(enc, steps.row(i, mixture, data.World()))[0]) for i in range(400)]
+
+    none, some, every = texts(0.0), texts(0.3), texts(1.0)
+    assert sum(a != b for a, b in zip(none, every)) == 400
+    assert 90 < sum(a != b for a, b in zip(none, some)) < 150
+    assert all(b in (a, c) for a, b, c in zip(none, some, every))
+    with_mistakes = data.TrainingSteps(mixture, 4, wrong_steps=1.0)[0]
+    assert any((a[0] != b[0]).any() for a, b in zip(with_mistakes, data.TrainingSteps(mixture, 4)[0]))

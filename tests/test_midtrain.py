@@ -109,6 +109,14 @@ def test_its_problems_are_not_those_of_pretraining_over_again(tmp_path, init):
     assert not ours.keys() & theirs.keys()
 
 
+def test_wrong_steps_are_in_its_training_and_not_in_what_is_held_out(tmp_path, init):
+    for name, share in (("a", 0), ("b", 1)):
+        assert midtrain(tmp_path, init, "--steps", 1, "--lr", 0, "--wrong-steps", share, "--out", f"{name}.pt").code == 0
+    (right,), (wrong,) = metrics(tmp_path / "a.jsonl"), metrics(tmp_path / "b.jsonl")
+    assert right["loss"] != wrong["loss"] and right["val_loss"] == wrong["val_loss"]  # with lr 0, the model is the same
+    assert load_checkpoint(tmp_path / "b.pt")["recipe"]["wrong_steps"] == 1
+
+
 def test_the_loss_falls_and_the_learning_rate_has_a_warm_up_of_its_own(tmp_path, init):
     result = midtrain(tmp_path, init, *"--steps 20 --warmup 0.15 --lr 0.02 --min-lr 0.001 --log-every 1".split())
     assert result.code == 0, result

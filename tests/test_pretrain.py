@@ -301,6 +301,19 @@ def test_an_interrupted_run_saves_and_resumes_exactly(tmp_path, whole, number):
     assert_same_run(tmp_path, whole)
 
 
+def test_checkpoints_on_the_way_are_kept_and_can_be_started_from(tmp_path, whole):
+    assert pretrain(tmp_path, *TWELVE, "--keep-every", 5).code == 0
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["a-10.pt", "a-5.pt", "a.pt"]
+    kept, last = load_checkpoint(tmp_path / "a-5.pt"), load_checkpoint(tmp_path / "a.pt")
+    assert (kept["step"], last["step"]) == (5, 12) and kept["run"] == last["run"].split("-")[0] + "-5"
+    assert same(load_checkpoint(whole / "a.pt")["model"], last["model"])  # keeping changes nothing
+    for name in ("a-5", "a"):
+        result = run(tmp_path, "midtrain.py", "--init", f"{name}.pt", *"--device cpu --batch 8 --show 0 --steps 1".split(), "--out",
+                     f"{name}-mid.pt")
+        assert result.code == 0, result
+    assert not same(*[load_checkpoint(tmp_path / f"{name}-mid.pt")["model"] for name in ("a-5", "a")])
+
+
 def test_a_new_run_keeps_what_the_last_one_left(tmp_path, whole):
     for name in ("a.pt", "a.jsonl"):
         (tmp_path / name).write_bytes((whole / name).read_bytes())
