@@ -31,6 +31,7 @@ import numpy as np
 import torch  # after model.py, which sets how its threads wait
 
 VERDICTS = ("outcome", "verified", "strict")
+MARGIN = 0.05  # of pass@k and other shares: `signs` takes a rise that is surely smaller for none
 CHAIN = ("out/pretrain.pt", "out/midtrain.pt", "out/grpo.pt")
 
 
@@ -145,8 +146,8 @@ def evaluate(model, problem_rows, args, device, precision, progress=None):
 
     Returns a list of records, one for each problem of this rank: op, i (its number among those of its op), context, group,
     distractors (how many), answer, last_is_answer (whether the last number of the problem is the answer), right ({verdict: how
-    many of n}), errors ({name of an error: in how many samples}), hacked (right answer, wrong process), truncated, and the text
-    of the first sample.
+    many of n}), errors ({name of an error: in how many samples}), hacked (right answer, wrong process), truncated, named (in how
+    many samples a needed quantity is defined at all), the row, and the text of the first sample.
     """
     enc, buffers, records = data.tokenizer(), {}, []
     stop = enc.encode_single_token(data.END)
@@ -164,7 +165,7 @@ def evaluate(model, problem_rows, args, device, precision, progress=None):
         for j, row in enumerate(rows):
             mine = tokens[j * args.n:(j + 1) * args.n]
             texts = [data.decode(enc, ids) for ids in mine]
-            verdicts = [verify(row["solution"], text) for text in texts]
+            verdicts, names = [verify(row["solution"], text) for text in texts], parse(row["solution"]).nodes
             errors = collections.Counter(name for v in verdicts for name in {e.split(":")[0] for e in v["errors"]})
             needed = row["solution"].count("Define ") - row["solution"].count("Define total ")
             context, answer = data.TEMPLATE_TO_CONTEXT.get(row["template"], row["template"]), parse(row["solution"]).answer
@@ -174,6 +175,7 @@ def evaluate(model, problem_rows, args, device, precision, progress=None):
                 last_is_answer=re.findall("[0-9]+", row["problem"])[-1:] == [str(answer)],
                 right={name: sum(verdict[name] for verdict in verdicts) for name in VERDICTS},
                 hacked=sum(v["outcome"] and not v["verified"] for v in verdicts),
+                named=sum(any(f"Define {name} as " in text for name in names) for text in texts),
                 truncated=sum(stop not in ids for ids in mine), row=row, text=texts[0]))
     return records
 
@@ -182,10 +184,12 @@ def summarize(records, args):
     """Numbers of one checkpoint, as they go into the JSON file."""
     def numbers(chosen):
         right = {v: [r["right"][v] for r in chosen] for v in VERDICTS}
+        named = [r["named"] / args.n for r in chosen]
         errors, samples = sum((r["errors"] for r in chosen), collections.Counter()), len(chosen) * args.n
         (_, most_frequent), = collections.Counter(r["answer"] for r in chosen).most_common(1)
         return {v: estimates(args.k, lambda k: pass_at_k(args.n, right[v], k)) for v in VERDICTS} | dict(
             baseline=max(most_frequent, sum(r["last_is_answer"] for r in chosen)) / len(chosen),
+            named=float(np.mean(named)), **{"named interval": interval(named).tolist()},
             hacked=sum(r["hacked"] for r in chosen) / max(1, sum(right["outcome"])),
             truncated=sum(r["truncated"] for r in chosen) / samples,
             errors={name: errors[name] / samples for name in sorted(errors)})
@@ -208,16 +212,59 @@ def summarize(records, args):
     return summary | dict(edge=[min(edge), max(edge)] if edge else None)
 
 
+def by_problem(records):
+    """The counts behind the numbers, for who wants to group them anew: lists with an entry for each problem, the same problems for
+    every checkpoint. Its op and context, and how many of its n samples are right by each verdict, hacked, cut off, named."""
+    return {name: [r[name] for r in records] for name in ("op", "context", "hacked", "truncated", "named")} | {
+        verdict: [r["right"][verdict] for r in records] for verdict in VERDICTS}
+
+
 def differences(records, others, args):
-    """How much better `records` are than `others` on the same problems, in verified pass@k: {group: estimates}.
+    """How much better `records` are than `others` on the same problems, in verified pass@k: {group: estimates}; and how much
+    larger the share of samples with the right answer by wrong reasoning is, "hacked".
 
     The interval is over the differences problem by problem, which is narrower than it would be without the pairing.
     """
     out = {}
     for name in sorted({r["group"] for r in records}):
-        mine, theirs = ([r["right"]["verified"] for r in rs if r["group"] == name] for rs in (records, others))
-        out[name] = estimates(args.k, lambda k: pass_at_k(args.n, mine, k) - pass_at_k(args.n, theirs, k), low=-1)
+        mine, theirs = ([r for r in rs if r["group"] == name] for rs in (records, others))
+        right, theirs_right = ([r["right"]["verified"] for r in rs] for rs in (mine, theirs))
+        hacked = np.subtract(*[[r["hacked"] / args.n for r in rs] for rs in (mine, theirs)])
+        out[name] = estimates(args.k, lambda k: pass_at_k(args.n, right, k) - pass_at_k(args.n, theirs_right, k), low=-1) | {
+            "hacked": float(hacked.mean()), "hacked interval": interval(hacked, low=-1).tolist()}
     return out
+
+
+def signs(result, ks, metrics=()):
+    """What the intervals allow to say about a checkpoint, sentences. Where they allow nothing, there is none.
+
+    result: its numbers as in the JSON file, with the change against a checkpoint before it, if there is one. ks: of pass@k.
+    metrics: the rows that grpo.py logged.
+    """
+    first, last, found = f"pass@{ks[0]}", f"pass@{ks[-1]}", []
+    for group, change in result.get("against_previous", result.get("against_first", {})).items():
+        def rise(name):
+            return "{:+.3f} [{:+.3f} {:+.3f}]".format(change[name], *change[f"{name} interval"])
+
+        if change[f"{last} interval"][0] > 0 and first != last:
+            found.append(f"{group}: ability added, {last} {rise(last)}")
+        elif change[f"{first} interval"][0] > 0 and change[f"{last} interval"][1] < MARGIN:
+            found.append(f"{group}: sharpening only, {first} {rise(first)}, {last} {rise(last)}")
+        if change["hacked interval"][0] > 0:
+            found.append(f"{group}: reward hacking, samples with the right answer by wrong reasoning {rise('hacked')}")
+    for context, groups in result["contexts"].items():
+        if all(numbers["named interval"][1] < MARGIN for numbers in groups.values()):
+            share = max(numbers["named"] for numbers in groups.values())
+            found.append(f"{context}: no seed, at most {share:.1%} of the samples define any quantity that is needed")
+    groups = [of_op for row in metrics for of_op in row["groups"].values()]
+    total = sum(of_op["groups"] for of_op in groups)
+    if total:
+        gradient, wrong, right = (sum(of_op[name] * of_op["groups"] for of_op in groups) / total
+                                  for name in ("gradient", "all_wrong", "all_right"))
+        if gradient < 0.1:
+            found.append(f"RL was off the edge: {gradient:.1%} of its groups had a gradient, {wrong:.1%} were all wrong, {right:.1%} "
+                         "all right")
+    return found
 
 
 def another_init(checkpoint, loaded):
@@ -301,22 +348,35 @@ def plot(results, args):
     figure.savefig(args.plot, dpi=150)
 
 
+def read_metrics(path):
+    """The rows that grpo.py logged beside this checkpoint; none if it is another stage's, or they cannot be read."""
+    try:
+        with open(path.removesuffix(".pt") + ".jsonl", encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f]
+        return rows if all("groups" in row for row in rows) else []
+    except (OSError, ValueError, TypeError):
+        return []
+
+
 def report(results, args):
-    """Print what the table does not say: for each checkpoint its edge, the effect of distractors, and what went wrong."""
+    """Print what the table does not say: of each checkpoint the edge, the effect of distractors, what went wrong, and the signs."""
     first = f"pass@{args.k[0]}"
     for path, r in results.items():
         bins = sorted({b for by_number in r["distractors"].values() for b in by_number})
-        common = sorted(r["errors"].items(), key=lambda e: -e[1])[:4]
         if r["init_of_another_run"]:
             say(f"warning: {path} was made from another run of {r['init_of_another_run']} than the one shown here")
         say(f"{path}\n  edge (verified {first} surely below 0.5, pass@{args.k[-1]} surely above 0.05): "
             + (f"op {r['edge'][0]}-{r['edge'][1]}" if r["edge"] else "none")
             + f"\n  verified {first} with {', '.join(bins)} distractors: " + "; ".join(f"{group} " + " ".join(
                 f"{by_number[b]['verified'][first]:.2f}" if b in by_number else "-" for b in bins)
-                for group, by_number in r["distractors"].items())
-            + f"\n  right answer by wrong reasoning: {100 * r['hacked']:.1f} % of the right answers; cut off: "
-            f"{100 * r['truncated']:.1f} %\n  most frequent errors, in % of the samples: "
-            + (", ".join(f"{name} {100 * part:.0f}" for name, part in common) or "none"))
+                for group, by_number in r["distractors"].items()))
+        for group, numbers in r["groups"].items():
+            common = sorted(numbers["errors"].items(), key=lambda e: -e[1])[:4]
+            say(f"  {group}: right answer by wrong reasoning, {numbers['hacked']:.1%} of the right answers; cut off, "
+                f"{numbers['truncated']:.1%}; most frequent errors: "
+                + (", ".join(f"{name} {part:.0%}" for name, part in common) or "none"))
+        for sentence in signs(r, args.k, read_metrics(path)):
+            say(f"  {sentence}")
 
 
 def main():
@@ -352,8 +412,10 @@ def main():
 
     settings = {name: getattr(args, name) for name in ("n", "k", "problems", "temperature", "distractors", "max_parents",
                                                        "max_value", "seed", "context", "data", "id_ops", "id_ranges")}
+    text = json.dumps({"checkpoints": results, "settings": settings}, indent=1).removesuffix("\n}")
+    samples = json.dumps({path: by_problem(records) for path, records in zip(results, all_records)})  # long, so on a line
     try:  # first, since whoever reads what is printed may go away
-        write_whole(os.path.realpath(args.json), json.dumps({"checkpoints": results, "settings": settings}, indent=1))
+        write_whole(os.path.realpath(args.json), f'{text},\n "by_problem": {samples}\n}}\n')
     finally:  # if it cannot be written, this is all that is left
         for path, records in zip(results, all_records) if args.show else ():
             say(f"\n{path}")

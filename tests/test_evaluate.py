@@ -197,6 +197,9 @@ def assert_numbers(numbers, ops):
     assert samples == 12 * len(ops)
     assert numbers["hacked"] == pytest.approx(written[lucky] / answered)
     assert numbers["truncated"] == pytest.approx(written[cut_off] / samples)
+    assert numbers["named"] == pytest.approx(1 - written[nonsense] / samples)
+    low, high = numbers["named interval"]
+    assert 0 <= low <= numbers["named"] <= high <= 1
     assert numbers["errors"].get("extra node", 0) == pytest.approx(written[with_extra_step] / samples)
     assert numbers["errors"].get("wrong answer", 0) == pytest.approx(written[wrong_answer] / samples)
     assert numbers["errors"].get("undefined letter", 0) >= written[lucky] / samples
@@ -219,6 +222,12 @@ def test_the_report_on_known_answers(known):
     for group, ops in (("ID", [3]), ("OOD-edge", [12, 13]), ("OOD-hard", [17])):
         assert_numbers(summary["groups"][group], ops)
     assert summary["contexts"] == {"zoo": summary["groups"]}
+    by_problem = evaluate.by_problem(records)
+    assert by_problem["op"] == [op for op in PLAN for _ in range(3)] and by_problem["context"] == ["zoo"] * 12
+    assert [by_problem[verdict] for verdict in ("outcome", "verified", "strict")] == [counts(j, PLAN) for j in range(3)]
+    for name, kind in (("hacked", lucky), ("truncated", cut_off)):
+        assert by_problem[name] == [kinds.count(kind) for op in PLAN for kinds in PLAN[op]]
+    assert by_problem["named"] == [4 - kinds.count(nonsense) for op in PLAN for kinds in PLAN[op]]
     assert summary["distractors"] == {group: {"0-1": numbers} for group, numbers in summary["groups"].items()}
 
 
@@ -313,6 +322,73 @@ def test_show_marks_steps(known, capsys):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# signs, on made-up numbers
+
+def change(first, last, hacked):
+    """Three intervals, each with its middle as the value."""
+    return {key: number for name, ends in (("pass@1", first), ("pass@16", last), ("hacked", hacked))
+            for key, number in ((name, sum(ends) / 2), (f"{name} interval", [*ends]))}
+
+
+UP, DOWN, NONE, WIDE = (0.02, 0.1), (-0.1, -0.02), (-0.03, 0.04), (-0.06, 0.08)  # WIDE: a rise of MARGIN is possible
+
+
+@pytest.mark.parametrize("first, last, hacked, words", [
+    (UP, NONE, NONE, ["sharpening only"]), (UP, DOWN, NONE, ["sharpening only"]), (UP, WIDE, NONE, []), (NONE, NONE, NONE, []),
+    (DOWN, DOWN, DOWN, []), (WIDE, WIDE, WIDE, []), (UP, UP, NONE, ["ability added"]), (NONE, UP, NONE, ["ability added"]),
+    (UP, UP, UP, ["ability added", "reward hacking"]), (NONE, NONE, UP, ["reward hacking"]),
+    (UP, NONE, UP, ["sharpening only", "reward hacking"])])
+def test_signs_of_a_change(first, last, hacked, words):
+    changes = {"ID": change(NONE, NONE, NONE), "OOD-edge": change(first, last, hacked)}
+    for key in ("against_first", "against_previous"):
+        found = evaluate.signs({key: changes, "contexts": {}}, [1, 4, 16])
+        assert [sentence.split(",")[0] for sentence in found] == [f"OOD-edge: {word}" for word in words]
+    # of a third checkpoint, the change against the one before it counts
+    assert not evaluate.signs({"against_first": changes, "against_previous": {"ID": change(NONE, NONE, NONE)}, "contexts": {}},
+                              [1, 4, 16])
+    if words and words[0] != "reward hacking":
+        numbers = "{:+.3f} [{:+.3f} {:+.3f}]".format(sum(last) / 2, *last)
+        assert f"pass@16 {numbers}" in found[0]
+
+
+def test_with_one_k_there_is_no_ability_to_tell_from_sharpening():
+    changes = {"ID": change(UP, UP, NONE)}
+    assert evaluate.signs({"against_first": changes, "contexts": {}}, [1]) == []
+
+
+@pytest.mark.parametrize("groups, none", [
+    ({"ID": (0.0, [0, 0.03]), "OOD-edge": (0.01, [0, 0.04])}, True), ({"ID": (0.0, [0, 0.06])}, False),  # too few problems to say
+    ({"ID": (0.0, [0, 0.03]), "OOD-edge": (0.9, [0.85, 0.95])}, False)])
+def test_signs_of_a_context_whose_names_are_never_written(groups, none):
+    contexts = {"school": {name: dict(named=named, **{"named interval": ends}) for name, (named, ends) in groups.items()},
+                "zoo": {"ID": dict(named=0.9, **{"named interval": [0.85, 0.95]})}}
+    found = evaluate.signs({"contexts": contexts}, [1, 16])
+    assert [sentence.split(",")[0] for sentence in found] == ["school: no seed"] * none
+
+
+def of_op(groups, gradient, wrong, right):
+    return dict(groups=groups, gradient=gradient, all_wrong=wrong, all_right=right, mixed=1 - wrong - right, reward=0.0)
+
+
+@pytest.mark.parametrize("rows, words", [
+    ([{"9": of_op(10, 0.0, 1.0, 0.0)}, {"9": of_op(30, 0.1, 0.9, 0.0)}], "7.5% of its groups had a gradient, 92.5% were all wrong, 0.0%"),
+    ([{"2": of_op(30, 0.0, 0.0, 1.0), "3": of_op(10, 0.2, 0.0, 0.8)}], "5.0% of its groups had a gradient, 0.0% were all wrong, 95.0%"),
+    ([{"9": of_op(10, 0.0, 1.0, 0.0)}, {"9": of_op(30, 0.2, 0.8, 0.0)}], ""), ([], "")])
+def test_signs_of_rl_off_the_edge(rows, words):
+    found = evaluate.signs({"contexts": {}}, [1, 16], [dict(groups=groups) for groups in rows])
+    assert [words in sentence for sentence in found] == [True] * bool(words)
+
+
+def test_metrics_are_those_of_rl_beside_the_checkpoint(tmp_path):
+    rows = [dict(step=1, groups={"9": of_op(10, 0.0, 1.0, 0.0)})]
+    (tmp_path / "grpo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "pretrain.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (tmp_path / "broken.jsonl").write_text('{"step": 1, "gro')
+    assert evaluate.read_metrics(str(tmp_path / "grpo.pt")) == rows
+    assert [evaluate.read_metrics(str(tmp_path / f"{name}.pt")) for name in ("pretrain", "broken", "none")] == [[], [], []]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # the command
 
 SHORT = "--n 4 --k 1,4 --problems 2 --ops 3-5 --temperature 1".split()
@@ -397,6 +473,7 @@ def test_checkpoints_side_by_side(trained):
         beside = report["checkpoints"][f"{name}.pt"]
         assert alone == {key: beside[key] for key in alone}
         assert {*beside} - {*alone} == ({"against_first"} if name == "b" else set())
+        assert report["by_problem"][name + ".pt"]["op"] == [3, 3, 4, 4, 5, 5]
     change = report["checkpoints"]["c.pt"]["against_previous"]["ID"]
     low, high = change["pass@1 interval"]
     assert change["pass@1"] == 0 and -high == low < -0.1  # a copy: no difference, of few problems
