@@ -638,8 +638,8 @@ ASSIGNMENT = re.compile(r"([A-Za-z]) = (?:([A-Za-z]|\w+ [-+*] [A-Za-z]) = (?:\d+
 
 
 def with_wrong_step(row):
-    """The row with one mistake in its solution: one value, of a random assignment, is 1 to 3 too small or too large. What follows is
-    computed from it as it should be, so the answer is mostly wrong, too. A pure function of the row."""
+    """The row with one mistake in its solution: one value, of a random assignment, is 1 to 3 too small or too large. What follows
+    is computed from it as it should be, so the answer is mostly wrong, too. A pure function of the row."""
     rng, steps = random.Random(f"wrong step of {row['id']}"), row["solution"].partition("Answer:")[0]
     while True:
         wrong, error = int(rng.random() * len(ASSIGNMENT.findall(steps))), (-3, -2, -1, 1, 2, 3)[int(rng.random() * 6)]

@@ -262,8 +262,8 @@ def signs(result, ks, metrics=()):
         gradient, wrong, right = (sum(of_op[name] * of_op["groups"] for of_op in groups) / total
                                   for name in ("gradient", "all_wrong", "all_right"))
         if gradient < 0.1:
-            found.append(f"RL was off the edge: {gradient:.1%} of its groups had a gradient, {wrong:.1%} were all wrong, {right:.1%} "
-                         "all right")
+            found.append(f"RL was off the edge: {gradient:.1%} of its groups had a gradient, {wrong:.1%} were all wrong, "
+                         f"{right:.1%} all right")
     return found
 
 

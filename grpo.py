@@ -323,9 +323,9 @@ def main():
             if done % args.log_every == 0 or end:
                 row = dict(step=done, problems=done * args.prompts, lr=lr, **means(records, sums, grad_norms),
                            groups=groups, held_out=state["held_out"], tokens=state["tokens"],
-                           training_tokens=round(state["tokens"] * RL_COST), spent_tokens=round(state["spent"]), rollout_s=round(t_sampled - t_start, 3),
-                           verify_s=round(t_judged - t_sampled, 3), update_s=round(t_updated - t_judged, 3),
-                           seconds=round(state["seconds"], 2))
+                           training_tokens=round(state["tokens"] * RL_COST), spent_tokens=round(state["spent"]),
+                           rollout_s=round(t_sampled - t_start, 3), verify_s=round(t_judged - t_sampled, 3),
+                           update_s=round(t_updated - t_judged, 3), seconds=round(state["seconds"], 2))
                 row["tokens_per_s"] = round(row["length"] * len(records) / (t_sampled - t_start))
                 write_metrics(args.metrics, row)
                 show_progress(progress(), f"step {done}, reward {row['reward']:.3f}, verified {row['verified']:.3f}, held out "
@@ -354,7 +354,8 @@ def describe(rows, rollouts, verdicts, rewards, args):
         op=rows[j // args.rollouts]["op"], reward=float(rewards[j]),
         right=reward(v, args.reward, args.alpha) > 1 - 1e-6,  # whatever the noise says
         outcome=v["outcome"], process=v["process"], verified=v["verified"], strict=v["strict"],
-        tokens=len(r.ids), updated=bool(args.kl or r.advantage != 0), length=len(r.ids) - r.n_prompt, truncated=r.ids[-1] != end_of_text)
+        tokens=len(r.ids), length=len(r.ids) - r.n_prompt, truncated=r.ids[-1] != end_of_text,
+        updated=bool(args.kl or r.advantage != 0))
         for j, (r, v) in enumerate(zip(rollouts, verdicts))])
 
 
