@@ -637,10 +637,12 @@ def make_row(i, mixture, seed=0, split="train", world=World()):
 ASSIGNMENT = re.compile(r"([A-Za-z]) = (?:([A-Za-z]|\w+ [-+*] [A-Za-z]) = (?:\d+ [-+*] \d+ = )?)?(\d+)(?=[;.])")
 
 
-def with_wrong_step(row):
+def with_wrong_step(row, max_value=MAX_VALUE):
     """The row with one mistake in its solution: one value, of a random assignment, is 1 to 3 too small or too large. What follows
-    is computed from it as it should be, so the answer is mostly wrong, too. A pure function of the row."""
+    is computed from it as it should be, so the answer is mostly wrong, too. A pure function of the row. No value becomes negative
+    or larger than max_value, or as large as before if that was more."""
     rng, steps = random.Random(f"wrong step of {row['id']}"), row["solution"].partition("Answer:")[0]
+    largest = max(max_value, *[int(value) for _, _, value in ASSIGNMENT.findall(steps)])
     while True:
         wrong, error = int(rng.random() * len(ASSIGNMENT.findall(steps))), (-3, -2, -1, 1, 2, 3)[int(rng.random() * 6)]
         values = {}  # letter -> value so far
@@ -655,7 +657,7 @@ def with_wrong_step(row):
             return f"{letter} = " + (f"{rule} = " if rule else "") + f"{numbers}{value}"
 
         solution = ASSIGNMENT.sub(assign, steps)
-        if min(values.values()) >= 0:
+        if min(values.values()) >= 0 and max(values.values()) <= largest:
             return row | dict(solution=f"{solution}Answer: {[*values.values()][-1]}.")
 
 
@@ -809,7 +811,7 @@ class TrainingSteps:
     def row(self, i, mixture, world):
         row = make_row(i, mixture, self.seed, self.split, world)
         mistaken = self.wrong_steps and random.Random(row["id"]).random() < self.wrong_steps
-        return with_wrong_step(row) if mistaken else row
+        return with_wrong_step(row, world.max_value) if mistaken else row
 
     def __getitem__(self, step):
         first = step * self.batch_size

@@ -14,7 +14,8 @@ Ops are grouped by the range m-M of pre-training (of the first checkpoint's) as 
 M, OOD-edge up to 1.4 M (11-14), OOD-hard above (15-20); see group_of. The edge of a checkpoint, for grpo.py --ops edge, are the
 ops that are surely hard, and surely possible, for it: the interval of verified pass@1 ends below .5, that of pass@(largest k)
 begins above .05. [low high] is a 95 % interval over problems: it says nothing of other seeds of training. "no reasoning" is
-the outcome without any: the most frequent answer for every problem or, if that is better, the last number of the problem.
+the outcome without any: the most frequent answer for every problem or, if that is better, the last number of the problem. Signs,
+such as "sharpening only", are what the intervals allow to say about a checkpoint and the one that it was made from (see `signs`).
 """
 import argparse
 import collections
@@ -102,7 +103,7 @@ def arguments():
         args.k = args.k or [k for k in ((1, 8, 128) if on_gpu else (1, 4, 16)) if k <= args.n]
         if args.k[-1] > args.n:
             raise ValueError(f"pass@{args.k[-1]} needs 1 <= k <= n, but --n is {args.n}")
-        args.checkpoints = args.checkpoints or [c for c in CHAIN if os.path.exists(c)]
+        args.checkpoints = list(dict.fromkeys(args.checkpoints)) or [c for c in CHAIN if os.path.exists(c)]
         if not args.checkpoints:
             raise ValueError("there is no checkpoint in out/: run python pretrain.py first, or name one")
         args.loaded = [(path, *read_trained(path, data.VOCABULARY)) for path in args.checkpoints]
@@ -235,22 +236,28 @@ def differences(records, others, args):
     return out
 
 
-def signs(result, ks, metrics=()):
+def signs(result, ks, changes=None, metrics=()):
     """What the intervals allow to say about a checkpoint, sentences. Where they allow nothing, there is none.
 
-    result: its numbers as in the JSON file, with the change against a checkpoint before it, if there is one. ks: of pass@k.
-    metrics: the rows that grpo.py logged.
+    result: its numbers as in the JSON file. ks: of pass@k. changes: what `differences` found against the checkpoint that it was
+    made from. metrics: the rows that grpo.py logged.
+
+    sharpening only   pass@(smallest k) rises, and a rise of pass@(largest k) by MARGIN is ruled out
+    ability added     pass@(largest k) rises
+    reward hacking    after RL, samples with the right answer by wrong reasoning are more
+    no seed           of the samples in a context, surely fewer than MARGIN define any quantity that is needed
+    off the edge      fewer than a tenth of the groups of RL had a gradient
     """
     first, last, found = f"pass@{ks[0]}", f"pass@{ks[-1]}", []
-    for group, change in result.get("against_previous", result.get("against_first", {})).items():
+    for group, change in (changes or {}).items():
         def rise(name):
             return "{:+.3f} [{:+.3f} {:+.3f}]".format(change[name], *change[f"{name} interval"])
 
-        if change[f"{last} interval"][0] > 0 and first != last:
+        if first != last and change[f"{last} interval"][0] > 0:
             found.append(f"{group}: ability added, {last} {rise(last)}")
-        elif change[f"{first} interval"][0] > 0 and change[f"{last} interval"][1] < MARGIN:
+        elif first != last and change[f"{first} interval"][0] > 0 and change[f"{last} interval"][1] < MARGIN:
             found.append(f"{group}: sharpening only, {first} {rise(first)}, {last} {rise(last)}")
-        if change["hacked interval"][0] > 0:
+        if result["stage"] == "grpo" and change["hacked interval"][0] > 0:
             found.append(f"{group}: reward hacking, samples with the right answer by wrong reasoning {rise('hacked')}")
     for context, groups in result["contexts"].items():
         if all(numbers["named interval"][1] < MARGIN for numbers in groups.values()):
@@ -265,6 +272,13 @@ def signs(result, ks, metrics=()):
             found.append(f"RL was off the edge: {gradient:.1%} of its groups had a gradient, {wrong:.1%} were all wrong, "
                          f"{right:.1%} all right")
     return found
+
+
+def made_from(checkpoint, loaded):
+    """The path of that of the loaded checkpoints which this one was made from, or else of the first; None for the first itself."""
+    run = checkpoint["recipe"].get("init_run")
+    found = [path for path, other, _ in loaded if run and other.get("run") == run]
+    return (found or [loaded[0][0]])[0] if checkpoint is not loaded[0][1] else None
 
 
 def another_init(checkpoint, loaded):
@@ -375,8 +389,11 @@ def report(results, args):
             say(f"  {group}: right answer by wrong reasoning, {numbers['hacked']:.1%} of the right answers; cut off, "
                 f"{numbers['truncated']:.1%}; most frequent errors: "
                 + (", ".join(f"{name} {part:.0%}" for name, part in common) or "none"))
-        for sentence in signs(r, args.k, read_metrics(path)):
-            say(f"  {sentence}")
+        found = signs(r, args.k, r["against_init"], read_metrics(path))
+        if found:
+            say(f"  signs, against {r['init_here']}:" if r["init_here"] else "  signs:")
+        for sentence in found:
+            say(f"    {sentence}")
 
 
 def main():
@@ -389,7 +406,7 @@ def main():
     say(f"{n_problems} {f'problems of {args.data}' if args.data else 'held-out problems'}, op {min(args.problem_rows)}-"
         f"{max(args.problem_rows)}, {args.n} samples each at temperature {args.temperature:g}, mean of {args.distractors:g} "
         f"distractors, at most {args.max_parents} parents, values to {args.max_value}, on {args.device}")
-    results, all_records = {}, []
+    results, all_records = {}, {}
     for path, checkpoint, model in args.loaded:
         done = []
 
@@ -402,22 +419,24 @@ def main():
         records = sorted(gather(records), key=lambda r: (r["op"], r["i"]))
         results[path] = summarize(records, args) | {name: checkpoint.get(name) for name in ("stage", "step", "problems", "run")}
         results[path]["init_of_another_run"] = another_init(checkpoint, args.loaded)
+        before = made_from(checkpoint, args.loaded)
+        results[path] |= dict(init_here=before, against_init=before and differences(records, all_records[before], args))
         if all_records:
-            results[path]["against_first"] = differences(records, all_records[0], args)
+            results[path]["against_first"] = differences(records, all_records[args.checkpoints[0]], args)
         if len(all_records) > 1:
-            results[path]["against_previous"] = differences(records, all_records[-1], args)
-        all_records.append(records)
+            results[path]["against_previous"] = differences(records, [*all_records.values()][-1], args)
+        all_records[path] = records
     if rank():
         return
 
     settings = {name: getattr(args, name) for name in ("n", "k", "problems", "temperature", "distractors", "max_parents",
                                                        "max_value", "seed", "context", "data", "id_ops", "id_ranges")}
     text = json.dumps({"checkpoints": results, "settings": settings}, indent=1).removesuffix("\n}")
-    samples = json.dumps({path: by_problem(records) for path, records in zip(results, all_records)})  # long, so on a line
+    samples = json.dumps({path: by_problem(records) for path, records in all_records.items()})  # long, so on a line
     try:  # first, since whoever reads what is printed may go away
         write_whole(os.path.realpath(args.json), f'{text},\n "by_problem": {samples}\n}}\n')
     finally:  # if it cannot be written, this is all that is left
-        for path, records in zip(results, all_records) if args.show else ():
+        for path, records in all_records.items() if args.show else ():
             say(f"\n{path}")
             show(records, args.show)
         say("\n" + table(results, args) + "\n\n[low high]: 95 % interval over problems\n")

@@ -33,6 +33,7 @@ Every token of an update weighs the same, as in DAPO (arXiv 2503.14476); the GRP
 Writes a checkpoint to --out and metrics, one JSON row a step, beside it (out/grpo.jsonl). Ctrl-C saves. Below: the formula, the
 parts of a step, the run, what is logged, settings.
 """
+import argparse
 import copy
 import math
 import time
@@ -427,8 +428,10 @@ PRESETS = {preset: {name: values[i] for name, values in SETTINGS.items()} for i,
 
 def noise(text):
     """An argparse type: 0.1,0.2 -> [0.1, 0.2]."""
-    false_positive, false_negative = map(at_least(0.0, up_to=1), text.split(","))
-    return [false_positive, false_negative]
+    shares = [at_least(0.0, up_to=1)(share) for share in text.split(",")]
+    if len(shares) != 2:
+        raise argparse.ArgumentTypeError(f"must be two shares, FP,FN, got {text}")
+    return shares
 
 
 def arguments():
@@ -461,6 +464,8 @@ def arguments():
         if args.ops == "edge":  # a resumed run keeps it, whatever was evaluated since
             resumed = init.get("run", args.init) != args.init_run
             args.ops = args.edge = init["recipe"].get("edge") if resumed else read_edge(args.eval_json, args.init, args.init_run)
+        if args.reward == "outcome" and any(args.reward_noise):
+            raise ValueError("--reward-noise misjudges the reasoning, which --reward outcome does not look at")
         if args.curriculum and args.id_share is not None:
             raise ValueError("--curriculum decides by itself how often each op comes: it takes no --id-share")
         if args.curriculum and args.mix is None:

@@ -11,6 +11,7 @@ op, the difficulty of a problem, is the number of Define steps of its solution p
 Writes a checkpoint to --out and metrics, one JSON row every few steps, beside it (out/pretrain.jsonl). Ctrl-C saves.
 """
 import math
+import os
 import time
 from dataclasses import asdict
 
@@ -18,7 +19,7 @@ from model import (accumulate, add_prediction_options, amounts_and_speeds, any_r
                    compile_layers, exit_if_interrupted, fill_from_preset, give_up, how_it_runs, make_optimizers, mean_loss,
                    n_at_a_time, n_ranks, noted_interrupts, one_line_errors, open_run, progress_bar, rank, run_script, sample,
                    save_checkpoint, say, say_expected_time, set_up, stage_parser, step_batches, write_metrics)
-from model import CONFIGS, Config, Transformer
+from model import CONFIGS, Config, Transformer, check_outputs
 import data
 import torch  # after model.py, which sets how its threads wait
 
@@ -80,7 +81,16 @@ def arguments():
         if args.n_layers * args.width * (args.width + args.mlp) > 10 ** 11:
             raise ValueError("--n-layers, --width and --mlp make a model of more than 100 billion parameters")
         check_run_files(args)
+        for path in [kept(args, step) for step in range(args.keep_every, args.steps + 1, args.keep_every)] if args.keep_every else ():
+            check_outputs(path)
+            if os.path.exists(path) and not args.resume:
+                raise ValueError(f"--keep-every would write {path}, which exists: move it away")
     return p, args
+
+
+def kept(args, step):
+    """Where --keep-every keeps the checkpoint of this step."""
+    return f"{args.out.removesuffix('.pt')}-{step}.pt"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -114,9 +124,10 @@ def main():
     mixtures = [data.parse_mixture(spec) for spec in (args.mix, args.late_mix)]
     worlds = [data.World(mean, args.max_parents, args.max_value) for mean in (args.distractors, args.late_distractors)]
     late_from = round(args.late_from * args.steps)  # the step
-    # what is "in distribution" (ID) for the later stages and evaluate.py: the range of each context, and over all of them
-    id_ranges = data.op_ranges(*mixtures[:1] * (late_from > 0), *mixtures[1:] * (late_from < args.steps))
-    id_ops = [min(m for m, _ in id_ranges.values()), max(M for _, M in id_ranges.values())]
+
+    def seen(step):
+        """What is "in distribution" (ID) for the later stages and evaluate.py: {context: its range so far}."""
+        return data.op_ranges(*mixtures[:1] * (late_from > 0), *mixtures[1:] * (late_from < step))
 
     model = new_model(args).to(device)
     optimizers = make_optimizers(model, args.lr, args.weight_decay, args.momentum if args.optimizer == "muon" else None,
@@ -140,6 +151,8 @@ def main():
 
     def save(step, path):
         if rank() == 0:
+            id_ranges = seen(step)
+            id_ops = [min(m for m, _ in id_ranges.values()), max(M for _, M in id_ranges.values())]
             save_checkpoint(path, dict(
                 stage=STAGE, config=asdict(model.config), id_ops=id_ops, id_ranges=id_ranges, recipe=recipe, run=f"{state['run']}-{step}",
                 step=step, problems=step * args.batch, tokens=int(tokens), seconds=time.perf_counter() - began,
@@ -183,7 +196,8 @@ def main():
             last = done == args.steps
             log, report = done % args.log_every == 0 or last, done % args.eval_every == 0 or last
             stop = (n_ranks() == 1 or log) and any_rank(interrupted, device)  # asking the other ranks waits for the device
-            save_now = done % args.save_every == 0 or last or stop
+            keep = args.keep_every and done % args.keep_every == 0
+            save_now = done % args.save_every == 0 or keep or last or stop
             held_out_now = mean_loss(model, *held_out, device, precision) if report or save_now else 0.0
             limit = 2 * math.log(model.config.vocab_size)  # twice the loss of guessing; nan is not below it
             if not held_out_now < limit or (log or save_now) and not float(loss) < limit:
@@ -198,10 +212,10 @@ def main():
                 known = f"held out {val_loss:.3f}, " if val_loss is not None else ""
                 show_progress(done / args.steps, f"step {done}, loss {row['loss']:.3f}, {known}{row['tokens_per_s']} tokens/s"
                               + (f", MFU {row['mfu']:.2f}" if "mfu" in row else ""))
+            if keep:
+                save(done, kept(args, done))
             if save_now:
                 save(done, args.out)
-            if args.keep_every and done % args.keep_every == 0:
-                save(done, f"{args.out.removesuffix('.pt')}-{done}.pt")
             exit_if_interrupted(stop and not last, f"saved {args.out} at step {done}; continue with --resume")
     say(f"{args.out}: step {args.steps}, {args.steps * args.batch} problems, {(time.perf_counter() - began) / 60:.1f} minutes")
     exit_if_interrupted(interrupted, "in the last step, so nothing is left to do")

@@ -26,8 +26,9 @@ problem. Every seed has its own models and its own problems, so the variance of 
 runs and what differs between problems, and the interval "over seeds" is the plain t interval, mean +- t s / sqrt(n) with n - 1
 degrees of freedom. But it is never taken narrower than the intervals over problems make that of the mean: few seeds may agree
 by luck. (So it covers the truth in at least 95 % of the cases, whatever the two variances are.) With one seed the interval is
-the one over problems, and the verdict says so. A number rises if its interval lies above 0, does not if its interval lies
-below MARGIN; if neither, the verdict is "undecided". A claim with several comparisons is not corrected for their number.
+the one over problems, and the verdict says so. A number rises if its interval lies above 0, and does not if its interval lies
+below the `margin` of the finding, which is well below what the paper reports; if neither, the verdict is "undecided". A claim
+with several comparisons is not corrected for their number.
 """
 import argparse
 import datetime
@@ -56,7 +57,6 @@ import data  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402  after model.py, which sets how its threads wait
 
-MARGIN = 0.05  # of pass@k: smaller rises are not what the paper means (at the edge it has .34 at k = 1 and .42 at k = 128)
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's t, 97.5 %, 1 to 10 degrees of freedom
 
 
@@ -64,7 +64,7 @@ class Model(NamedTuple):
     """A checkpoint of an experiment, and how it is made."""
     init: Optional[str]  # the model that it starts from
     command: str         # a stage and its options, but those for files and the seed
-    minutes: float       # that it takes with one thread, about; 0 if that is not known
+    minutes: float       # that it takes with one thread and the preset tiny, about
     label: str = ""      # in table and figure; without one it is not evaluated
     kept: int = 0        # if it is not made by a command, but kept by --keep-every at this step of init
 
@@ -74,6 +74,7 @@ class Job(NamedTuple):
     command: tuple       # a script and its options
     needs: tuple         # the checkpoints that it reads
     minutes: float
+    kept: tuple = ()     # other files that it makes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -93,23 +94,24 @@ RL = {"tiny": "grpo.py", "100m": "grpo.py",
 MANY = {"tiny": "--n 64 --k 1,4,16,64 --problems 64", "100m": "--n 128 --k 1,8,128 --problems 200",
         "quick": "--n 4 --k 1,4 --problems 2"}
 FEWER = MANY | {"tiny": "--n 16 --k 1,4,16 --problems 96"}
-GROUPS = {"tiny": {"ID": "2-8", "OOD-edge": "9-12", "OOD-hard": "13-16"},
-          "100m": {"ID": "2-10", "OOD-edge": "11-14", "OOD-hard": "15-20"},
-          "quick": {"ID": "2-4", "OOD-edge": "5-6", "OOD-hard": "7-8"}}
+GROUPS = {preset: {name: f"{low}-{high}" for name, (low, high) in data.op_groups(ops).items()}
+          for preset, ops in {"tiny": (2, 8), "100m": (2, 10), "quick": (2, 4)}.items()}
 AT_THE_EDGE = {"tiny": "--ops 9-11 --id-share 0.2", "100m": "--ops 11-14 --id-share 0", "quick": "--ops 5 --id-share 0.2"}
 
 
 def base(preset):
-    return Model(None, f"{PRETRAIN[preset]} --keep-every {EARLY[preset]}", {"tiny": 23, "quick": 0.2}.get(preset, 0), "base")
+    return Model(None, f"{PRETRAIN[preset]} --keep-every {EARLY[preset]}", 23, "base")
 
 
-def within_budget(preset, init, tokens, share, label, speed=1.25e6):
-    """The model that mid-training and RL make of init with a budget of training tokens, and the one in between. speed: tokens a
-    minute, to say how long it takes."""
-    of_budget, minutes = f"--budget {tokens} --rl-share {share}", float(tokens) / speed * (preset == "tiny")
-    mid = Model(init, f"{MIDTRAIN[preset]} {of_budget}", minutes * (1 - float(share)), label * (share == "0"))
-    rl = Model(init if share == "1" else "mid", f"{RL[preset]} {of_budget}", minutes * float(share) * 0.7, label)
-    return [mid] * (share != "1") + [rl] * (share != "0")
+def within_budget(preset, name, init, tokens, share, label, speed=1.25e6):
+    """The models that mid-training and RL make of init with a budget of training tokens: the last by this name, and the one in
+    between. speed: tokens of mid-training a minute."""
+    of_budget, minutes = f"--budget {tokens} --rl-share {share}", float(tokens) / speed
+    mid = Model(init, f"{MIDTRAIN[preset]} {of_budget}", minutes * (1 - float(share)))
+    rl = Model(init if share == "1" else f"{name} mid", f"{RL[preset]} {of_budget}", minutes * float(share) * 0.7, label)
+    if share == "0":
+        return {name: mid._replace(label=label)}
+    return {name: rl} if share == "1" else {f"{name} mid": mid, name: rl}
 
 
 def edge(preset):
@@ -132,7 +134,8 @@ EDGE_CLAIMS = {
         *[max(-rises(name, "OOD-edge"), rises("edge", "OOD-edge", than=name)) for name in ("id", "hard")]),
     "That ability reaches past the range of the RL data": lambda rises: rises("edge", "past"),
     "With data from the base's own range only pass@1 of that range rises, if anything": lambda rises: min(
-        -rises("id", "ID", "pass@1", sign=-1), -rises("id", "OOD-edge"), -rises("id", "OOD-hard")),
+        -rises("id", "ID", "pass@1", sign=-1), -rises("id", "ID"), *[
+            -rises("id", group, k) for group in ("OOD-edge", "OOD-hard") for k in ("pass@1", None)]),
     # not pass@1 of ID, which the share of ID that all arms have may raise
     "Data that is too hard changes nothing or harms": lambda rises: min(
         -rises("hard", group, k) for group, k in (("ID", None), ("OOD-edge", None), ("OOD-edge", "pass@1"), ("OOD-hard", None),
@@ -160,7 +163,9 @@ def seeding(preset):
 SEEDING_CLAIMS = {
     "From 1 % on RL carries the higher ops over": lambda rises: min(
         rises(f"rl {share}", "school, higher ops") for share in ("0.01", "0.1")),
-    "At 0 and at 0.1 % it does not": lambda rises: min(-rises(f"rl {share}", "school, higher ops") for share in ("0", "0.001")),
+    # not "at 0.1 % nothing": the paper has .32 at op 3, and ours are smaller ops
+    "At 0 % RL carries nothing over, and at 0.1 % less than at 1 %": lambda rises: min(
+        -rises("rl 0", "school, higher ops"), rises("rl 0.01", "school, higher ops", than="rl 0.001")),
 }
 
 SHARES = ("0", "0.2", "0.5", "0.8", "1")
@@ -168,12 +173,11 @@ SHARES = ("0", "0.2", "0.5", "0.8", "1")
 
 def budget(preset):
     models = {"base": base(preset)}
-    budgets = {"tiny": ("5e6", "15e6"), "100m": ("1.05e9", "8.4e9"), "quick": ("2e3", "4e3")}[preset]
+    # 100m: the problems of 1.05B and 8.4B tokens of the paper, whose tokenizer needs 588 for a row of op 11-14, ours 181
+    budgets = {"tiny": ("5e6", "15e6"), "100m": ("3.2e8", "2.6e9"), "quick": ("2e3", "4e3")}[preset]
     for size, tokens in zip(("small", "large"), budgets):
         for share in SHARES:
-            *mid, last = within_budget(preset, "base", tokens, share, f"{tokens} tokens, RL {float(share):.0%}")
-            models |= {f"{size} {share} mid": m for m in mid}
-            models[f"{size} {share}"] = last._replace(init=f"{size} {share} mid") if mid else last
+            models |= within_budget(preset, f"{size} {share}", "base", tokens, share, f"{tokens} tokens, RL {float(share):.0%}")
     return dict(models=models, evaluate={"0.7": FEWER[preset]}, tables=("0.7",), evaluate_minutes=0.5, regions=GROUPS[preset])
 
 
@@ -181,10 +185,10 @@ BUDGET_CLAIMS = {
     "A light share of RL (20 %) is best at the edge in pass@1": lambda rises: min(
         rises(f"{size} 0.2", "OOD-edge", "pass@1", than=f"{size} {share}") for size in ("small", "large") for share in SHARES
         if share != "0.2"),
-    "A heavy share (80 %) beats a light one at OOD-hard in pass@1": lambda rises: min(
+    "A heavy share of RL (80 %) beats a light one at OOD-hard in pass@1": lambda rises: min(
         rises(f"{size} 0.8", "OOD-hard", "pass@1", than=f"{size} 0.2") for size in ("small", "large")),
-    "Mid-training and RL, half and half, beat RL alone at OOD-hard in pass@k": lambda rises: min(
-        rises(f"{size} 0.5", "OOD-hard", than=f"{size} 1") for size in ("small", "large")),
+    "With the smaller budget mid-training and RL, half and half, beat RL alone at OOD-hard in pass@k": lambda rises: rises(
+        "small 0.5", "OOD-hard", than="small 1"),
     "With the larger budget RL alone gains on half and half (OOD-hard, pass@k)": lambda rises: rises(
         {"large 1": 1, "large 0.5": -1, "small 1": -1, "small 0.5": 1}, "OOD-hard"),
 }
@@ -206,7 +210,7 @@ def reward(preset):
 REWARD_CLAIMS = {
     "The reward for the answer alone has the most right answers by wrong reasoning": lambda rises: min(
         rises("outcome", "all", "hacked", than=name) for name in REWARDS if name != "outcome"),
-    "It has the lowest verified pass@1": lambda rises: min(
+    "The reward for the answer alone has the lowest verified pass@1": lambda rises: min(
         rises(name, "all", "pass@1", than="outcome") for name in REWARDS if name != "outcome"),
 }
 
@@ -216,7 +220,7 @@ def questions(preset):
     rl, at_the_edge, mid = RL[preset] + steps, f"{RL[preset]}{steps} {AT_THE_EDGE[preset]}", MIDTRAIN[preset]
     everything = GROUPS[preset]["ID"].split("-")[0] + "-" + GROUPS[preset]["OOD-hard"].split("-")[1]
     smaller, tokens = {"tiny": ("--n-layers 3 --width 96 --n-heads 3 --n-kv-heads 1 --mlp 288", "8e6"),
-                       "100m": ("--n-layers 6 --width 512 --n-heads 8 --mlp 2048", "2.1e9"),
+                       "100m": ("--n-layers 6 --width 512 --n-heads 8 --mlp 2048", "6.5e8"),
                        "quick": ("--width 16 --steps 20", "2e3")}[preset]
     models = {
         "base": base(preset), "early base": Model("base", "", 0, "base, 3/4 of its steps", kept=EARLY[preset]),
@@ -233,15 +237,14 @@ def questions(preset):
     for init in ("base", "smaller"):
         for share in ("0.2", "0.8"):
             label = f"{'smaller, ' * (init == 'smaller')}{tokens} tokens, RL {float(share):.0%}"
-            first, last = within_budget(preset, init, tokens, share, label, 1.25e6 if init == "base" else 2.5e6)
-            models |= {f"{init} {share} mid": first, f"{init} {share}": last._replace(init=f"{init} {share} mid")}
+            models |= within_budget(preset, f"{init} {share}", init, tokens, share, label, 1.25e6 if init == "base" else 2.5e6)
     return dict(models=models, evaluate={"0.7": FEWER[preset]}, tables=("0.7",), evaluate_minutes=0.5, regions=GROUPS[preset])
 
 
 QUESTION_CLAIMS = {
     "A curriculum over all ops beats the same ops evenly (edge, pass@1)": lambda rises: rises(
         "curriculum", "OOD-edge", "pass@1", than="uniform"),
-    "It beats RL on the edge alone (edge, pass@1)": lambda rises: rises("curriculum", "OOD-edge", "pass@1", than="static"),
+    "A curriculum over all ops beats RL on the edge alone (edge, pass@1)": lambda rises: rises("curriculum", "OOD-edge", "pass@1", than="static"),
     "A judge with false negatives is better than one with false positives (edge, pass@1)": lambda rises: rises(
         "negatives", "OOD-edge", "pass@1", than="positives"),
     "Mistakes in mid-training still cost after RL (edge, pass@1)": lambda rises: rises(
@@ -298,7 +301,7 @@ def over_seeds(estimates):
     return statistics.mean(values), statistics.mean(values) - half, statistics.mean(values) + half
 
 
-def judge(claims, estimates, against, k):
+def judge(claims, estimates, against, k, margin):
     """Sentences, verdicts and the numbers they rest on. estimates(weights, region, measure): a list with one of each seed.
     against: model -> the model whose change it is. k: the largest, as "pass@k"."""
     judged = []
@@ -315,7 +318,7 @@ def judge(claims, estimates, against, k):
             who = " ".join(f"{'+-'[w < 0]} {name}" for name, w in weights.items()).removeprefix("+ ")
             evidence.append(f"{who}, {region}, {measure or k}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
             low, high = (low, high) if sign > 0 else (-high, -low)
-            return 1 if low > 0 else -1 if high < MARGIN else 0
+            return 1 if low > 0 else -1 if high < margin else 0
 
         verdict = {1: "reproduced", 0: "undecided", -1: "not reproduced"}[claim(rises)]
         judged.append(dict(claim=sentence, verdict=verdict, intervals="over the problems of one seed" if n_seeds == {1} else
@@ -341,14 +344,17 @@ def checkpoints(models, out, name, seed):
 def jobs_of(settings, out, name, seed):
     """The commands of one seed."""
     models, files, jobs = settings["models"], checkpoints(settings["models"], out, name, seed), []
-    for model, (init, command, minutes, _, kept) in models.items():
-        if kept:
+    for model, (init, command, minutes, _, kept_at) in models.items():
+        if kept_at:
             continue
         script, *options = shlex.split(command)
-        inits = [model for model in (init, init and models[init].kept and models[init].init) if model]
         start = ["--init", files[init]] if init else []
+        needs = [files[init]] if init else []
+        if init and models[init].kept:  # it comes with that which keeps it
+            needs.append(files[models[init].init])
+        kept = [files[other] for other, how in models.items() if how.kept and how.init == model]
         jobs.append(Job(files[model], (script, *start, *options, "--seed", str(seed), "--out", files[model], "--resume"),
-                        tuple(files[model] for model in inits), minutes))
+                        tuple(needs), minutes, tuple(kept)))
     evaluated = [files[model] for model, how in models.items() if how.label]
     needs = {job.out for job in jobs} & {*evaluated, *[files[how.init] for how in models.values() if how.kept]}
     for tag, options in settings["evaluate"].items():
@@ -359,14 +365,14 @@ def jobs_of(settings, out, name, seed):
 
 
 def fingerprint(job):
-    """Tells whether a finished job would do the same again: its command, defaults, checkpoints. None if a file is missing."""
+    """Tells whether a finished job would do the same again: its command, defaults, checkpoints. None if a file is not there."""
     try:
         runs = [load_checkpoint(path).get("run") for path in (*job.needs, job.out) if path.endswith(".pt")]
     except ValueError:
         return None
     presets = getattr(importlib.import_module(job.command[0].removesuffix(".py")), "PRESETS", None)
     text = str([job.command, presets, CONFIGS, runs])
-    return hashlib.sha256(text.encode()).hexdigest() if os.path.exists(job.out) else None
+    return hashlib.sha256(text.encode()).hexdigest() if all(map(os.path.exists, (job.out, *job.kept))) else None
 
 
 def tail(log, count):
@@ -435,7 +441,7 @@ def against(models):
         init = how.init
         while init and not models[init].label:
             init = models[init].init
-        if init and how.label:
+        if init and how.label and not how.kept:
             before[model] = init
     return before
 
@@ -500,7 +506,7 @@ def plot_arms(axes, numbers, labels, ks):
                 ax.plot(level["interval"], [y, y], color=color, linewidth=1.5)
                 ax.plot(level["seeds"], [y] * len(level["seeds"]), ".", color=color, alpha=0.5, markersize=4)
                 ax.plot(level["mean"], y, "o", color=color, markersize=5, label=k if row == 0 else None)
-        ax.set_yticks([len(labels) - row for row in range(len(labels))], labels.values() if ax is axes[0] else [""] * len(labels))
+        ax.set_yticks([len(labels) - row for row in range(len(labels))], labels.values())
         ax.set(title=region, xlabel="verified", xlim=(-0.02, 1.02))
         ax.grid(axis="x", alpha=0.3)
     axes[-1].legend(fontsize=8)
@@ -545,7 +551,7 @@ def report(args, finding, settings, minutes):
         level=numbers({model: 1}, region, measure, tag),
         change=numbers({model: 1, before[model]: -1}, region, measure, tag) if model in before else None)
         for measure in [*ks, *finding["measures"]]} for model in labels} for region in regions} for tag in tables}
-    claims = judge(finding["claims"], estimates, before, ks[-1])
+    claims = judge(finding["claims"], estimates, before, ks[-1], finding["margin"])
     baseline = {region: statistics.mean(evaluation.baseline[op] for evaluation in evaluations[only or tables[-1]]
                                         for op in data.parse_ops(ops)) for region, (ops, only) in regions.items()}
     spent = [compute(models, of_seed) for of_seed in files.values()]
@@ -554,15 +560,15 @@ def report(args, finding, settings, minutes):
 
     path, where = f"{args.out}/{args.finding}", machine()
     with open(f"{path}.json", "w", encoding="utf-8") as f:
-        json.dump(dict(finding=args.finding, preset=args.preset, seeds=args.seeds, machine=where, margin=MARGIN,
+        json.dump(dict(finding=args.finding, preset=args.preset, seeds=args.seeds, machine=where, margin=finding["margin"],
                        models={model: how._asdict() for model, how in models.items()}, evaluate=settings["evaluate"],
                        regions=settings["regions"], claims=claims, numbers=results, no_reasoning=baseline,
                        million_tokens_counted_and_spent=spent, minutes=took), f, indent=1)
     known = {model: [m for m in of_model if m] for model, of_model in took.items()}
     lines = [f"# {finding['title']}",
-             f"`python tests/findings.py {args.finding} --preset {args.preset} --seeds {','.join(map(str, args.seeds))}`, "
-             f"{where}. Verified pass@k; 95 % intervals {claims[0]['intervals']}. A change is against the model that this one "
-             f"started from. {finding['note']}".strip()]
+             f"`python tests/findings.py {args.finding} --preset {args.preset} --seeds {as_option(args.seeds)}`, {where}. "
+             f"Verified pass@k; 95 % intervals {claims[0]['intervals']}. A change is against the model that this one started from. "
+             f"{finding['note']}".strip()]
     for tag, of_table in results.items():
         lines += [f"Evaluated with `{settings['evaluate'][tag]}`: mean over seeds [interval] (seeds).",
                   table(of_table, labels, "level", finding["paper"] if tag == tables[-1] else {}), "Changes:",
@@ -582,12 +588,12 @@ def report(args, finding, settings, minutes):
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        shown = {region: of_region for region, of_region in results[tables[-1]].items() if region != "past"}
+        drawn = {region: of_region for region, of_region in results[tables[-1]].items() if region != "past"}
         height = 3.8 if finding["plot"] is plot_over_k else 1.2 + 0.35 * len(labels)
-        figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), height), sharey=True, squeeze=False,
+        figure, axes = plt.subplots(1, len(drawn), figsize=(4 * len(drawn), height), sharey=True, squeeze=False,
                                     constrained_layout=True)
-        finding["plot"](axes[0], shown, labels, ks)
-        figure.suptitle(f"{finding['title']} ({args.preset}, seeds {', '.join(map(str, args.seeds))})")
+        finding["plot"](axes[0], drawn, labels, ks)
+        figure.suptitle(f"{finding['title']} ({args.preset}, seed{'s' * (len(args.seeds) > 1)} {', '.join(map(str, args.seeds))})")
         figure.savefig(f"{path}.png", dpi=150)
         lines.append(f"![{finding['title']}]({args.finding}.png)")
     else:
@@ -598,34 +604,36 @@ def report(args, finding, settings, minutes):
 
 FINDINGS = {
     "edge": dict(
-        settings=edge, claims=EDGE_CLAIMS, measures=(), plot=plot_over_k, title="RL adds ability at the edge of competence",
+        settings=edge, claims=EDGE_CLAIMS, margin=0.05, measures=(), plot=plot_over_k, title="RL adds ability at the edge of competence",
         note="\"past\": the ops past the RL data at the edge.",
         paper={  # region, model: pass@1, pass@128
             ("ID", "base"): (".831", ".993"), ("ID", "edge"): (".826", ".982"), ("OOD-edge", "base"): (".17", ".44"),
             ("OOD-edge", "id"): (".22", ".42"), ("OOD-edge", "edge"): (".51", ".86"), ("OOD-edge", "hard"): (".185", ".40")},
         paper_says="read off its figures; its ID weights 20/30/50 % by difficulty, ours counts every op the same."),
     "seeding": dict(
-        settings=seeding, claims=SEEDING_CLAIMS, measures=("outcome", "named"), plot=plot_arms,
+        settings=seeding, claims=SEEDING_CLAIMS, margin=0.05, measures=("outcome", "named"), plot=plot_arms,
         title="RL carries reasoning into a context that pre-training has seeded",
         note="\"outcome\" is the share of samples with the right answer, \"named\" of those that define a quantity that is needed.",
         paper={}, paper_says="pass@128 in the second context after RL, at op 2, 3, 4, 6, 10, 14, 20: with 0 % always 0; with 0.1 % 1, "
         ".32, .08, .02, 0, 0, 0; with 1 % 1, .98, .99, .98, .92, .77, .61; with 10 % 1, .99, .99, .99, .96, .85, .68 (read off its "
         "figures)."),
     "budget": dict(
-        settings=budget, claims=BUDGET_CLAIMS, measures=(), plot=plot_arms, title="A budget shared between mid-training and RL",
+        settings=budget, claims=BUDGET_CLAIMS, margin=0.02, measures=(), plot=plot_arms,
+        title="A budget shared between mid-training and RL",
         note="A budget is in training tokens, and a token of RL counts 5/3. RL 0 % is mid-training on right solutions alone.",
         paper={}, paper_says="OOD-hard pass@128 by op 15-20: mid-training and RL .79 .47 .33 .13 .025 0, RL alone .63 .30 .14 .03 .005 "
         "0; light RL is best at the edge in pass@1 at every budget, heavy RL at OOD-hard in pass@1; from 8.4B tokens on RL alone is "
         "best at OOD-hard in pass@128."),
     "reward": dict(
-        settings=reward, claims=REWARD_CLAIMS, measures=("outcome", "hacked"), plot=plot_arms,
+        settings=reward, claims=REWARD_CLAIMS, margin=0.01, measures=("outcome", "hacked"), plot=plot_arms,
         title="Rewards for the process reduce right answers by wrong reasoning",
         note="\"outcome\" is the share of samples with the right answer, \"hacked\" of those with it by wrong reasoning.",
         paper={}, paper_says="RL on op 11-14, outcome alone: pass@1 .707 on op 2-14, .056 on 15-20; pass@128 .947, .232. Against it, "
         "mixed 0.2 +.047 +.043 -.000 +.045, mixed 0.5 +.046 +.034 -.001 +.030, strict +.052 +.041 +.003 +.026."),
     "questions": dict(
-        settings=questions, claims=QUESTION_CLAIMS, measures=(), plot=plot_arms, title="Open questions", note="", paper={},
-        paper_says="leaves these open; a verdict here is whether the sentence holds in our runs."),
+        settings=questions, claims=QUESTION_CLAIMS, margin=0.02, measures=(), plot=plot_arms, title="Open questions",
+        note="The base at 3/4 of its steps still has a high learning rate behind it, the finished one does not.", paper={},
+        paper_says="leaves these open, so \"reproduced\" means that the sentence holds in our runs."),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -633,11 +641,18 @@ FINDINGS = {
 
 def seeds(text):
     """An argparse type: 3 -> [0, 1, 2], 4-6 -> [4, 5, 6], 4,6 -> [4, 6]."""
-    ends = [[int(end) for end in part.split("-")] for part in (f"0-{int(text) - 1}" if text.isdecimal() else text).split(",")]
-    found = sorted({seed for end in ends for seed in range(end[0], end[-1] + 1)})
+    found = set()
+    for part in (f"0-{int(text) - 1}" if text.isdecimal() else text).split(","):
+        low, high = map(int, part.split("-") if "-" in part else (part, part))
+        found |= {*range(low, high + 1)}
     if not found:
         raise ValueError
-    return found
+    return sorted(found)
+
+
+def as_option(numbers):
+    """What --seeds was, or could have been."""
+    return f"{numbers[0]}-{numbers[0]}" if len(numbers) == 1 else ",".join(map(str, numbers))
 
 
 def main():
@@ -647,22 +662,29 @@ def main():
     p.add_argument("finding", choices=FINDINGS)
     p.add_argument("--seeds", type=seeds, default="3", help="how many, or which: 3, 4-6, 4,6 (default 3: 0, 1 and 2)")
     p.add_argument("--preset", choices=RL, default="100m" if cuda else "tiny", help="default: tiny, with CUDA 100m")
-    p.add_argument("--out", help="folder (default out/findings, of the preset quick out/quick)")
-    p.add_argument("--jobs", type=at_least(1), help="how many commands at a time at most (default: one a core, with CUDA one)")
+    p.add_argument("--out", help="folder (default out/findings, of other presets than tiny out/findings-PRESET)")
+    p.add_argument("--jobs", type=at_least(1), help="how many commands at a time, at most one a core and, with CUDA, one (default)")
     p.add_argument("--dry-run", action="store_true", help="print the commands and the expected time, run nothing")
     args = p.parse_args()
-    args.out = args.out or ("out/quick" if args.preset == "quick" else "out/findings")
+    args.out = args.out or ("out/findings" if args.preset == "tiny" else f"out/findings-{args.preset}")
     finding = FINDINGS[args.finding]
     settings = finding["settings"](args.preset)
     limit, prefix = (1, []) if cuda else (min(args.jobs or n_cores(), n_cores()), ["OMP_NUM_THREADS=1"])
 
-    # done: of each finished job, by its file, the fingerprint, the minutes (null if it was resumed on the way) and those expected
     done_file = Path(args.out, "jobs.json")
+    with one_line_errors(p):
+        if not args.dry_run:
+            check_outputs(str(done_file), *[f"{args.out}/{args.finding}.{kind}" for kind in ("json", "md", "png")])
+            if not lock(f"{args.out}/lock"):
+                raise ValueError(f"another findings.py is writing to {args.out}: wait for it, or give --out")
+    # done: of each finished job, by its file, the fingerprint, the minutes (null if it was resumed on the way) and those expected
     try:
         done = json.loads(done_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # there is none, or it is broken: the stages themselves know what is finished
+        done = {out: d for out, d in done.items() if {*d} == {"script", "fingerprint", "minutes", "expected"}}
+    except (OSError, ValueError, TypeError, AttributeError):  # none, or broken: the stages themselves know what is finished
         done = {}
-    jobs = [job for seed in args.seeds for job in jobs_of(settings, args.out, args.finding, seed)]
+    jobs = [job if args.preset == "tiny" else job._replace(minutes=0.0)  # not known
+            for seed in args.seeds for job in jobs_of(settings, args.out, args.finding, seed)]
     to_run = [job for job in jobs if job.out not in done or done[job.out]["fingerprint"] != fingerprint(job)]
     pace = {}  # script -> minutes on this machine for a minute expected
     for script in {job.command[0] for job in jobs}:
@@ -690,12 +712,10 @@ def main():
             say(shown(job, prefix) + ("" if job in to_run else "   # finished"))
         return
 
-    with one_line_errors(p):
-        check_outputs(str(done_file), *[f"{args.out}/{args.finding}.{kind}" for kind in ("json", "md", "png")])
-        if not lock(f"{args.out}/lock"):
-            raise ValueError(f"another findings.py is writing to {args.out}: wait for it, or give --out")
-
     def finish(job, took):
+        missing = [path for path in job.kept if not os.path.exists(path)]
+        if missing:
+            sys.exit(f"{job.out} was made without keeping {missing[0]}: move it away, and it will be made anew")
         done[job.out] = dict(script=job.command[0], fingerprint=fingerprint(job), minutes=took, expected=job.minutes)
         Path(f"{done_file}.part").write_text(json.dumps(done, indent=1), encoding="utf-8")
         os.replace(f"{done_file}.part", done_file)

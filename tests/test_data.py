@@ -1169,8 +1169,8 @@ def test_a_wrong_step_is_one_mistake_and_the_rest_follows_from_it(spec, world):
     mixture, places, rights = data.parse_mixture(spec), set(), 0
     for i in range(200):
         row = data.make_row(i, mixture, world=world)
-        wrong = data.with_wrong_step(row)
-        assert wrong == data.with_wrong_step(row)
+        wrong = data.with_wrong_step(row, world.max_value)
+        assert wrong == data.with_wrong_step(row, world.max_value)
         assert {**wrong, "solution": None} == {**row, "solution": None}
         before, after = recomputed(row["solution"]), recomputed(wrong["solution"])
         assert [letter for letter, _, _ in before] == [letter for letter, _, _ in after]
@@ -1178,7 +1178,7 @@ def test_a_wrong_step_is_one_mistake_and_the_rest_follows_from_it(spec, world):
         assert len(mistakes) == 1
         j, = mistakes
         right = before[j][2] if after[j][1] is None else after[j][1]
-        assert 1 <= abs(after[j][2] - right) <= 3 and min(value for _, _, value in after) >= 0
+        assert 1 <= abs(after[j][2] - right) <= 3 and all(0 <= value <= world.max_value for _, _, value in after)
         assert wrong["solution"].endswith(f"Answer: {after[-1][2]}.")
         places.add(j)
         rights += after[-1][2] == before[-1][2]

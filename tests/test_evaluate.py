@@ -340,20 +340,25 @@ UP, DOWN, NONE, WIDE = (0.02, 0.1), (-0.1, -0.02), (-0.03, 0.04), (-0.06, 0.08) 
     (UP, NONE, UP, ["sharpening only", "reward hacking"])])
 def test_signs_of_a_change(first, last, hacked, words):
     changes = {"ID": change(NONE, NONE, NONE), "OOD-edge": change(first, last, hacked)}
-    for key in ("against_first", "against_previous"):
-        found = evaluate.signs({key: changes, "contexts": {}}, [1, 4, 16])
-        assert [sentence.split(",")[0] for sentence in found] == [f"OOD-edge: {word}" for word in words]
-    # of a third checkpoint, the change against the one before it counts
-    assert not evaluate.signs({"against_first": changes, "against_previous": {"ID": change(NONE, NONE, NONE)}, "contexts": {}},
-                              [1, 4, 16])
+    found = evaluate.signs(dict(stage="grpo", contexts={}), [1, 4, 16], changes)
+    assert [sentence.split(",")[0] for sentence in found] == [f"OOD-edge: {word}" for word in words]
     if words and words[0] != "reward hacking":
         numbers = "{:+.3f} [{:+.3f} {:+.3f}]".format(sum(last) / 2, *last)
         assert f"pass@16 {numbers}" in found[0]
+    found = evaluate.signs(dict(stage="midtrain", contexts={}), [1, 4, 16], changes)  # which has no reward
+    assert [sentence.split(",")[0] for sentence in found] == [f"OOD-edge: {word}" for word in words if word != "reward hacking"]
 
 
-def test_with_one_k_there_is_no_ability_to_tell_from_sharpening():
-    changes = {"ID": change(UP, UP, NONE)}
-    assert evaluate.signs({"against_first": changes, "contexts": {}}, [1]) == []
+@pytest.mark.parametrize("ends", [UP, (0.01, 0.04)])
+def test_with_one_k_there_is_no_ability_to_tell_from_sharpening(ends):
+    changes = {"ID": change(ends, ends, NONE)}
+    assert evaluate.signs(dict(stage="grpo", contexts={}), [1], changes) == []
+
+
+def test_a_change_is_against_what_a_checkpoint_was_made_from():
+    loaded = [(path, dict(run=run, recipe=dict(init_run=init)), None) for path, run, init in
+              (("base", "b-9", None), ("mid", "m-4", "b-9"), ("rl of base", "r-3", "b-9"), ("rl of mid", "s-3", "m-4"), ("other", "o", "x"))]
+    assert [evaluate.made_from(checkpoint, loaded) for _, checkpoint, _ in loaded] == [None, "base", "base", "mid", "base"]
 
 
 @pytest.mark.parametrize("groups, none", [
@@ -362,7 +367,7 @@ def test_with_one_k_there_is_no_ability_to_tell_from_sharpening():
 def test_signs_of_a_context_whose_names_are_never_written(groups, none):
     contexts = {"school": {name: dict(named=named, **{"named interval": ends}) for name, (named, ends) in groups.items()},
                 "zoo": {"ID": dict(named=0.9, **{"named interval": [0.85, 0.95]})}}
-    found = evaluate.signs({"contexts": contexts}, [1, 16])
+    found = evaluate.signs(dict(stage="pretrain", contexts=contexts), [1, 16])
     assert [sentence.split(",")[0] for sentence in found] == ["school: no seed"] * none
 
 
@@ -375,7 +380,7 @@ def of_op(groups, gradient, wrong, right):
     ([{"2": of_op(30, 0.0, 0.0, 1.0), "3": of_op(10, 0.2, 0.0, 0.8)}], "5.0% of its groups had a gradient, 0.0% were all wrong, 95.0%"),
     ([{"9": of_op(10, 0.0, 1.0, 0.0)}, {"9": of_op(30, 0.2, 0.8, 0.0)}], ""), ([], "")])
 def test_signs_of_rl_off_the_edge(rows, words):
-    found = evaluate.signs({"contexts": {}}, [1, 16], [dict(groups=groups) for groups in rows])
+    found = evaluate.signs(dict(stage="grpo", contexts={}), [1, 16], metrics=[dict(groups=groups) for groups in rows])
     assert [words in sentence for sentence in found] == [True] * bool(words)
 
 

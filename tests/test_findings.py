@@ -35,7 +35,7 @@ def judged(claims, numbers, n_seeds=3, half=0.035, before="base"):
         shifts, size = (0.0, 0.012, -0.012)[:n_seeds], half * max(1, len({*weights} - {"base"})) ** 0.5
         return [(value + shift, value + shift - size, value + shift + size) for shift in shifts]
 
-    return findings.judge(claims, estimates, collections.defaultdict(lambda: before), "pass@64")
+    return findings.judge(claims, estimates, collections.defaultdict(lambda: before), "pass@64", 0.05)
 
 
 WORDS = {"+": "reproduced", "-": "not reproduced", "?": "undecided"}
@@ -51,6 +51,8 @@ PAPER = dict(edge={EDGE: 0.42, PAST: 0.2}, id={("ID", "pass@1"): 0.05, EDGE: -0.
     (PAPER | dict(id={EDGE: 0.395}), "? + - +"),                                # perhaps less
     (PAPER | dict(id={EDGE: 0.025}), "+ + ? +"),                                # perhaps more than nothing
     (PAPER | dict(id={("ID", "pass@1"): -0.1}), "+ + - +"),                     # it forgets its own range
+    (PAPER | dict(id={("ID", "pass@64"): 0.1}), "+ + - +"),                     # it adds ability in it
+    (PAPER | dict(id={("OOD-edge", "pass@1"): 0.1}), "+ + - +"),
     (PAPER | dict(id={HARD: 0.1}), "+ + - +"),
     (PAPER | dict(edge={EDGE: 0.025, PAST: 0.025}), "? ? + +"),
     (PAPER | dict(hard={("ID", "pass@1"): -0.3, HARD: -0.1}), "+ + + +"),       # it harms
@@ -69,20 +71,21 @@ def test_verdicts_on_numbers_with_known_answers(numbers, expected):
 
 def at(region, measure, **numbers):
     """{model: {(region, measure): number}}, with _ for the spaces and p for the points of the names."""
-    return {name.replace("_", " ").replace("p", "."): {(region, measure): number} for name, number in numbers.items()}
+    return {re.sub(r"(?<=\d)p(?=\d)", ".", name.replace("_", " ")): {(region, measure): number} for name, number in numbers.items()}
 
 
 @pytest.mark.parametrize("claims, numbers, expected", [
-    ("SEEDING", at("school, higher ops", "pass@64", **{"rl_0p01": 0.6, "rl_0p1": 0.7, "rl_0p001": 0.0}), "+ +"),
+    ("SEEDING", at("school, higher ops", "pass@64", **{"rl_0p01": 0.6, "rl_0p1": 0.7, "rl_0p001": 0.1}), "+ +"),
     ("SEEDING", at("school, higher ops", "pass@64", **{"rl_0p01": 0.0, "rl_0p1": 0.7, "rl_0p001": 0.3}), "- -"),
-    ("SEEDING", at("school, higher ops", "pass@64", **{"rl_0p01": 0.6, "rl_0p1": 0.025, "rl_0p001": 0.025}), "? ?"),
+    ("SEEDING", at("school, higher ops", "pass@64", **{"rl_0p01": 0.6, "rl_0p1": 0.025, "rl_0p001": 0.575}), "? ?"),
     # the first claim, at the edge; the others are at OOD-hard, where all are alike
     ("BUDGET", at("OOD-edge", "pass@1", small_0p2=0.5, large_0p2=0.5,
                   **{f"{size}_{share}": 0.4 for size in ("small", "large") for share in ("0", "0p5", "0p8", "1")}), "+ - - -"),
     ("BUDGET", at("OOD-edge", "pass@1", small_0p2=0.5, large_0p2=0.5, large_0=0.6), "- - - -"),
     ("BUDGET", at("OOD-hard", "pass@1", small_0p8=0.3, large_0p8=0.3, small_0p2=0.1, large_0p2=0.1), "- + - -"),
     ("BUDGET", at("OOD-hard", "pass@64", small_0p5=0.3, large_0p5=0.3, small_1=0.1, large_1=0.1), "- - + -"),
-    ("BUDGET", at("OOD-hard", "pass@64", small_0p5=0.3, large_0p5=0.3, small_1=0.1, large_1=0.275), "- - ? +"),
+    ("BUDGET", at("OOD-hard", "pass@64", small_0p5=0.3, large_0p5=0.3, small_1=0.1, large_1=0.4), "- - + +"),
+    ("BUDGET", at("OOD-hard", "pass@64", small_0p5=0.3, large_0p5=0.3, small_1=0.275, large_1=0.275), "- - ? -"),
     ("REWARD", {"outcome": {("all", "hacked"): 0.3, ("all", "pass@1"): -0.1}}, "+ +"),
     ("REWARD", {"outcome": {("all", "hacked"): 0.3}, "strict": {("all", "hacked"): 0.4, ("all", "pass@1"): -0.2}}, "- -"),
     ("QUESTION", at("OOD-edge", "pass@1", curriculum=0.5, uniform=0.3, static=0.4, negatives=0.4, positives=0.2, right=0.6,
@@ -90,7 +93,9 @@ def at(region, measure, **numbers):
     ("QUESTION", at("OOD-edge", "pass@64", static=0.5, early=0.2, early_base=0.1), "- - - - + -"),
     ("QUESTION", {"base 0.8": {("OOD-edge", "pass@1"): 0.5}, "smaller 0.2": {("OOD-edge", "pass@1"): 0.2}}, "- - - - - +")])
 def test_verdicts_of_the_other_findings(claims, numbers, expected):
-    judgement = judged(getattr(findings, f"{claims}_CLAIMS"), numbers)
+    finding = next(f for f in findings.FINDINGS.values() if f["claims"] is getattr(findings, f"{claims}_CLAIMS"))
+    assert {*numbers} <= {*finding["settings"]("tiny")["models"]}
+    judgement = judged(finding["claims"], numbers)
     assert [claim["verdict"] for claim in judgement] == [WORDS[sign] for sign in expected.split()], judgement
 
 
@@ -128,13 +133,13 @@ def test_the_commands_of_a_finding_are_those_of_the_stages(finding, preset, tmp_
         assert all(f"{option} " in help_text or f"{option}\n" in help_text for option in options if option.startswith("--"))
         assert all(path in made for path in options if path.endswith(".pt"))
     assert all(models[model].label and models[base].label for model, base in before.items())
-    assert {name for name, how in models.items() if how.label and how.init} == {*before}
+    assert {name for name, how in models.items() if how.label and how.init and not how.kept} == {*before}
 
     def estimates(weights, region, measure):
         assert region in settings["regions"] and all(models[name].label for name in weights)
         return [(0.0, -0.1, 0.1)]
 
-    findings.judge(findings.FINDINGS[finding]["claims"], estimates, before, "pass@64")
+    findings.judge(findings.FINDINGS[finding]["claims"], estimates, before, "pass@64", 0.05)
 
 
 HELP = {}
@@ -150,7 +155,7 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(tmp_path):
     assert scripts == (["pretrain.py"] + ["grpo.py"] * 3 + ["evaluate.py"] * 2) * 2
     assert all(f"--seed {4 + n // 6}" in c and f"/seed{4 + n // 6}" in c for n, c in enumerate(commands))
     assert all("--resume" in c for c in commands if "evaluate" not in c)
-    for bad in "0", "x", "5-4":
+    for bad in "0", "x", "5-4", "4-5-9":
         assert_refused(run(tmp_path, "tests/findings.py", "edge", "--seeds", bad), "--seeds", bad)
 
 
@@ -159,6 +164,8 @@ def assert_reported(out, finding, text):
     result, report = json.loads((out / f"{finding}.json").read_text()), (out / f"{finding}.md").read_text()
     assert {claim["verdict"] for claim in result["claims"]} <= {*WORDS.values()}
     assert all(f"{claim['claim']}: **{claim['verdict']}** (one seed)" in report for claim in result["claims"])
+    option = re.search(r"--seeds (\S+)`", report)[1]
+    assert findings.seeds(option) == result["seeds"]
     assert report.strip() in text and "| --- |" in report.replace("---  ", "---").replace("  ", "")
     assert (out / f"{finding}.png").exists() or "needs matplotlib" in text
     assert len(result["claims"]) == len(findings.FINDINGS[finding]["claims"])
@@ -180,7 +187,8 @@ def wait_for(ready, process):
 
 
 def test_a_finding_goes_on_after_an_interrupt_and_a_kill_and_repeats_nothing(tmp_path):
-    out, seed = tmp_path / "out/quick", tmp_path / "out/quick/edge/seed0"
+    out = tmp_path / "out/findings-quick"
+    seed = out / "edge/seed0"
     base = out / "base/seed0.pt"
 
     process = start(tmp_path)  # Ctrl-C, which a terminal sends to all, in pre-training
@@ -218,24 +226,51 @@ def test_a_finding_goes_on_after_an_interrupt_and_a_kill_and_repeats_nothing(tmp
     again = run(tmp_path, "tests/findings.py", *QUICK)
     assert again.code == 0 and "0 commands to run" in again.out, again
     assert json.loads((out / "edge.json").read_text()) == result
-    changed = run(tmp_path, "tests/findings.py", *QUICK, "--preset", "tiny", "--out", "out/quick")
+    changed = run(tmp_path, "tests/findings.py", *QUICK, "--preset", "tiny", "--out", "out/findings-quick")
     assert changed.code == 2, changed
     assert re.search(r"seed0\.pt was made with [a-z_]+ .*, not .*move .* away", changed.out, re.S), changed
 
 
 def test_every_other_finding_at_toy_size(tmp_path):
     """They share the base."""
+    out = tmp_path / "out/findings-quick"
     for finding in "seeding", "budget", "reward", "questions":
         code, text, *_ = run(tmp_path, "tests/findings.py", finding, *QUICK[1:])
         assert code == 0, text
-        assert_reported(tmp_path / "out/quick", finding, text)
-    assert (tmp_path / "out/quick/base/seed0.log").read_text().count("$ ") == 1
-    spent = json.loads((tmp_path / "out/quick/budget.json").read_text())["million_tokens_counted_and_spent"]
+        assert_reported(out, finding, text)
+    assert (out / "base/seed0.log").read_text().count("$ ") == 1
+    spent = json.loads((out / "budget.json").read_text())["million_tokens_counted_and_spent"]
     assert all(0 < real <= counted for model, (counted, real) in spent.items() if model != "base")
 
 
 def test_two_at_a_time_to_one_folder_are_refused(tmp_path):
-    (tmp_path / "out/quick").mkdir(parents=True)
-    with open(tmp_path / "out/quick/lock", "w") as file:
+    (tmp_path / "out/findings-quick").mkdir(parents=True)
+    with open(tmp_path / "out/findings-quick/lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert_refused(run(tmp_path, "tests/findings.py", *QUICK), "another findings.py")
+
+
+def test_a_finished_base_without_its_kept_checkpoint_is_pointed_out(tmp_path):
+    out = tmp_path / "out/findings-quick"
+    assert run(tmp_path, "pretrain.py", *shlex.split(findings.base("quick").command)[1:], "--seed", 0, "--out",
+               "out/findings-quick/base/seed0.pt").code == 0
+    (out / "base/seed0-150.pt").rename(out / "elsewhere.pt")
+    result = run(tmp_path, "tests/findings.py", "questions", *QUICK[1:4], "1", "--jobs", 1)
+    assert result.code == 1 and "seed0-150.pt: move it away" in result.out + result.err, result
+
+
+def test_the_rows_of_a_figure_have_names():
+    figure, axes = pytest.importorskip("matplotlib.pyplot").subplots(1, 2, sharey=True)
+    level = dict(mean=0.5, interval=[0.4, 0.6], seeds=[0.5])
+    numbers = {region: {model: {k: dict(level=level) for k in ("pass@1", "pass@16")} for model in "ab"} for region in ("ID", "hard")}
+    findings.plot_arms(axes, numbers, dict(a="first", b="second"), ["pass@1", "pass@16"])
+    figure.canvas.draw()
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["first", "second"]
+
+
+@pytest.mark.parametrize("content", ["[]", '{"out/findings-quick/base/seed0.pt": 1}', "{", '{"a": {"script": "x.py"}}'])
+def test_a_broken_list_of_what_is_finished_is_none(tmp_path, content):
+    (tmp_path / "out/findings-quick").mkdir(parents=True)
+    (tmp_path / "out/findings-quick/jobs.json").write_text(content)
+    result = run(tmp_path, "tests/findings.py", *QUICK, "--dry-run")
+    assert result.code == 0 and "6 commands to run" in result.out and "not known" in result.out, result

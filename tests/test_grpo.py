@@ -1030,7 +1030,7 @@ BAD = [  # arguments, words in the last line
     ("--reward foo", "foo"), ("--alpha 2", "--alpha"), ("--alpha -0.1", "--alpha"), ("--alpha nan", "--alpha"),
     ("--id-share 0.2 --curriculum", "--curriculum"), ("--id-share -0.1 --ops 3", "--id-share"), ("--id-share nan --ops 3", "--id-share"),
     ("--reward-noise 0.1", "--reward-noise"), ("--reward-noise -1,0", "--reward-noise"), ("--advantage foo", "foo"),
-    ("--reward-noise 0,1.5", "--reward-noise"), ("--reward-noise 0,0,0", "--reward-noise"),
+    ("--reward outcome --reward-noise 0.1,0.1", "--reward-noise"), ("--reward-noise 0,1.5", "--reward-noise"), ("--reward-noise 0,0,0", "--reward-noise"),
     ("--clip-ratio 0", "--clip-ratio"), ("--kl -1", "--kl"), ("--kl nan", "--kl"), ("--temperature 0", "--temperature"),
     ("--temperature -1", "--temperature"), ("--temperature inf", "--temperature"), ("--lr -1", "--lr"), ("--lr inf", "--lr"),
     ("--clip 0", "--clip"), ("--warmup -1", "--warmup"), ("--weight-decay -1", "--weight-decay"), ("--seed -1", "--seed"),

@@ -301,8 +301,12 @@ def test_an_interrupted_run_saves_and_resumes_exactly(tmp_path, whole, number):
     assert_same_run(tmp_path, whole)
 
 
+KEEP = [*TWELVE, "--keep-every", "5"]
+
+
 def test_checkpoints_on_the_way_are_kept_and_can_be_started_from(tmp_path, whole):
-    assert pretrain(tmp_path, *TWELVE, "--keep-every", 5).code == 0
+    assert pretrain(tmp_path, *KEEP, send=(signal.SIGKILL, 7)).code == -signal.SIGKILL
+    assert pretrain(tmp_path, *KEEP, "--resume").code == 0
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["a-10.pt", "a-5.pt", "a.pt"]
     kept, last = load_checkpoint(tmp_path / "a-5.pt"), load_checkpoint(tmp_path / "a.pt")
     assert (kept["step"], last["step"]) == (5, 12) and kept["run"] == last["run"].split("-")[0] + "-5"
@@ -312,6 +316,16 @@ def test_checkpoints_on_the_way_are_kept_and_can_be_started_from(tmp_path, whole
                      f"{name}-mid.pt")
         assert result.code == 0, result
     assert not same(*[load_checkpoint(tmp_path / f"{name}-mid.pt")["model"] for name in ("a-5", "a")])
+    assert_refused(pretrain(tmp_path, *KEEP), "a-5.pt")  # of another run
+    (tmp_path / "a-5.pt").unlink()
+    (tmp_path / "a-5.pt").mkdir()
+    assert_refused(pretrain(tmp_path, *KEEP, "--resume"), "a-5.pt")
+
+
+def test_what_is_kept_before_the_late_phase_does_not_know_of_it(tmp_path):
+    late = "--steps 6 --late-from 0.5 --keep-every 3 --out a.pt --mix zoo:2-3 --late-mix zoo:2-5".split()
+    assert pretrain(tmp_path, *late).code == 0
+    assert [load_checkpoint(tmp_path / f"a-{step}.pt")["id_ranges"] for step in (3, 6)] == [{"zoo": [2, 3]}, {"zoo": [2, 5]}]
 
 
 def test_a_new_run_keeps_what_the_last_one_left(tmp_path, whole):
@@ -480,6 +494,11 @@ def test_the_checkpoint_kept_is_from_before_the_explosion(exploded):
         pytest.skip("this run broke at its first step, before there was a good checkpoint")
     loss = loss_by_hand(build_model(load_checkpoint(folder / "a.pt")), "train", 8)
     assert loss < 2 * math.log(640)
+
+
+def test_an_exploded_model_is_not_kept(tmp_path):
+    result = pretrain(tmp_path, *"--steps 12 --lr 1e4 --warmup 0 --keep-every 3 --eval-every 100 --out a.pt".split())
+    assert result.code != 0 and not [*tmp_path.glob("*.pt")], result
 
 
 def test_a_model_that_died_is_no_success(tmp_path):
