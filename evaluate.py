@@ -389,9 +389,9 @@ def report(results, args):
             say(f"  {group}: right answer by wrong reasoning, {numbers['hacked']:.1%} of the right answers; cut off, "
                 f"{numbers['truncated']:.1%}; most frequent errors: "
                 + (", ".join(f"{name} {part:.0%}" for name, part in common) or "none"))
-        found = signs(r, args.k, r["against_init"], read_metrics(path))
+        found = signs(r, args.k, r.get("against_init"), read_metrics(path))
         if found:
-            say(f"  signs, against {r['init_here']}:" if r["init_here"] else "  signs:")
+            say(f"  signs, against {r['init_here']}:" if "init_here" in r else "  signs:")
         for sentence in found:
             say(f"    {sentence}")
 
@@ -420,7 +420,8 @@ def main():
         results[path] = summarize(records, args) | {name: checkpoint.get(name) for name in ("stage", "step", "problems", "run")}
         results[path]["init_of_another_run"] = another_init(checkpoint, args.loaded)
         before = made_from(checkpoint, args.loaded)
-        results[path] |= dict(init_here=before, against_init=before and differences(records, all_records[before], args))
+        if before:
+            results[path] |= dict(init_here=before, against_init=differences(records, all_records[before], args))
         if all_records:
             results[path]["against_first"] = differences(records, all_records[args.checkpoints[0]], args)
         if len(all_records) > 1:

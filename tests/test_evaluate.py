@@ -477,7 +477,7 @@ def test_checkpoints_side_by_side(trained):
         alone = evaluated(trained, f"{name}.pt", *SHORT)[1]["checkpoints"][f"{name}.pt"]
         beside = report["checkpoints"][f"{name}.pt"]
         assert alone == {key: beside[key] for key in alone}
-        assert {*beside} - {*alone} == ({"against_first"} if name == "b" else set())
+        assert {*beside} - {*alone} == ({"against_first", "against_init", "init_here"} if name == "b" else set())
         assert report["by_problem"][name + ".pt"]["op"] == [3, 3, 4, 4, 5, 5]
     change = report["checkpoints"]["c.pt"]["against_previous"]["ID"]
     low, high = change["pass@1 interval"]
