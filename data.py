@@ -642,9 +642,10 @@ def with_wrong_step(row, max_value=MAX_VALUE):
     is computed from it as it should be, so the answer is mostly wrong, too. A pure function of the row. No value becomes negative
     or larger than max_value, or as large as before if that was more."""
     rng, steps = random.Random(f"wrong step of {row['id']}"), row["solution"].partition("Answer:")[0]
-    largest = max(max_value, *[int(value) for _, _, value in ASSIGNMENT.findall(steps)])
+    right = [int(value) for _, _, value in ASSIGNMENT.findall(steps)]
+    largest = max(max_value, *right)
     while True:
-        wrong, error = int(rng.random() * len(ASSIGNMENT.findall(steps))), (-3, -2, -1, 1, 2, 3)[int(rng.random() * 6)]
+        wrong, error = int(rng.random() * len(right)), (-3, -2, -1, 1, 2, 3)[int(rng.random() * 6)]
         values = {}  # letter -> value so far
 
         def assign(match):

@@ -275,10 +275,10 @@ def signs(result, ks, changes=None, metrics=()):
 
 
 def made_from(checkpoint, loaded):
-    """The path of that of the loaded checkpoints which this one was made from, or else of the first; None for the first itself."""
-    run = checkpoint["recipe"].get("init_run")
+    """The path of that of the loaded checkpoints which this one was made from, or else of the first, unless this is the first."""
+    run, (first, its_checkpoint, _) = checkpoint["recipe"].get("init_run"), loaded[0]
     found = [path for path, other, _ in loaded if run and other.get("run") == run]
-    return (found or [loaded[0][0]])[0] if checkpoint is not loaded[0][1] else None
+    return found[0] if found else None if checkpoint is its_checkpoint else first
 
 
 def another_init(checkpoint, loaded):
@@ -419,14 +419,15 @@ def main():
         records = sorted(gather(records), key=lambda r: (r["op"], r["i"]))
         results[path] = summarize(records, args) | {name: checkpoint.get(name) for name in ("stage", "step", "problems", "run")}
         results[path]["init_of_another_run"] = another_init(checkpoint, args.loaded)
-        before = made_from(checkpoint, args.loaded)
-        if before:
-            results[path] |= dict(init_here=before, against_init=differences(records, all_records[before], args))
         if all_records:
             results[path]["against_first"] = differences(records, all_records[args.checkpoints[0]], args)
         if len(all_records) > 1:
             results[path]["against_previous"] = differences(records, [*all_records.values()][-1], args)
         all_records[path] = records
+    for path, checkpoint, _ in args.loaded:  # at the end, because they may be named in any order
+        before = made_from(checkpoint, args.loaded)
+        if before:
+            results[path] |= dict(init_here=before, against_init=differences(all_records[path], all_records[before], args))
     if rank():
         return
 

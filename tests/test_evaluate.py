@@ -359,6 +359,15 @@ def test_a_change_is_against_what_a_checkpoint_was_made_from():
     loaded = [(path, dict(run=run, recipe=dict(init_run=init)), None) for path, run, init in
               (("base", "b-9", None), ("mid", "m-4", "b-9"), ("rl of base", "r-3", "b-9"), ("rl of mid", "s-3", "m-4"), ("other", "o", "x"))]
     assert [evaluate.made_from(checkpoint, loaded) for _, checkpoint, _ in loaded] == [None, "base", "base", "mid", "base"]
+    assert [evaluate.made_from(checkpoint, loaded[::-1]) for _, checkpoint, _ in loaded] == ["other", "base", "base", "mid", None]
+
+
+def test_checkpoints_may_be_named_in_any_order(trained):
+    init = load_checkpoint(trained / "a.pt")
+    put(checkpoint_with(recipe=init["recipe"] | dict(init="a.pt", init_run=init["run"]), run="x-1")(trained / "a.pt"), trained / "x.pt")
+    for order in (["x.pt", "a.pt"], ["b.pt", "x.pt", "a.pt"]):
+        _, report = evaluated(trained, *order, *SHORT)
+        assert report["checkpoints"]["x.pt"]["init_here"] == "a.pt"
 
 
 @pytest.mark.parametrize("groups, none", [
