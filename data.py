@@ -35,8 +35,10 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import time
 from bisect import bisect
 from dataclasses import dataclass
@@ -919,26 +921,46 @@ def pack(rows, size, loss="all"):
 # ----------------------------------------------------------------------------------------------------------------------
 # the command line
 
-def show(row):
-    """A problem for human readers: the text, the graph as a tree, the steps."""
+STYLES = {"": "", "bold": "1", "dim": "2", "red": "31", "green": "32"}
+
+
+def styled(text, style):
+    """Text in a style of STYLES if stdout is a terminal, unless NO_COLOR is set (no-color.org)."""
+    plain = not (style and sys.stdout and sys.stdout.isatty()) or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\033[{STYLES[style]}m{text}\033[0m"
+
+
+def show(row, solution=True):
+    """A problem for human readers: the text, the graph as a tree (beside the text if the terminal is wide), the steps.
+
+    In a terminal the sentences that the question does not need are dim.
+    """
     steps = steps_of(row)
     name_of = {letter: name for name, letter, _, _ in steps}
     parents = {name: [name_of[u] for u in used] for name, _, used, _ in steps}
     value = {name: work.split()[-1] for name, _, _, work in steps}
-    lines, seen = [], set()
+    graph, seen = [], set()
 
     def tree(name, first, rest):
         known = name in seen
         seen.add(name)
-        lines.append(f"{first}{name} = {value[name]}" + (" (see above)" if known and parents[name] else ""))
+        graph.append(f"{first}{name} = {value[name]}" + (" (see above)" if known and parents[name] else ""))
         for j, parent in enumerate([] if known else parents[name]):
             last = j == len(parents[name]) - 1
             tree(parent, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "))
 
     tree(steps[-1][0], "", "")
-    sentences = [s + "." for s in row["problem"].strip().rstrip(".").split(". ")]
-    return "\n".join([f"problem {row['id']}: op {row['op']}, {len(steps)} steps, {row['template']}", "", *sentences, "",
-                      row["question"], "", *lines, "", *row["solution"].replace(". ", ".\n").splitlines(), ""])
+    text = [(s + ".", "" if s.removeprefix("The number of ").split(" equals ")[0] in parents else "dim")
+            for s in row["problem"].strip().rstrip(".").split(". ")] + [("", ""), (row["question"], "bold")]
+    width = shutil.get_terminal_size().columns - max(map(len, graph)) - 4
+    if width < 50:
+        body = [*(styled(*line) for line in text), "", *graph]
+    else:
+        text = [(line, style) for paragraph, style in text for line in textwrap.wrap(paragraph, width) or [""]]
+        text, graph = text + [("", "")] * (len(graph) - len(text)), graph + [""] * (len(text) - len(graph))
+        body = [f"{styled(line.ljust(width), style)}    {node}".rstrip() for (line, style), node in zip(text, graph)]
+    return "\n".join([f"problem {row['id']}: op {row['op']}, {len(steps)} steps, {row['template']}", "", *body, "",
+                      *(row["solution"].replace(". ", ".\n").splitlines() + [""] if solution else [])])
 
 
 def write_rows(rows, n, path):

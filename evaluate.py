@@ -2,8 +2,9 @@
 Evaluation: pass@k over held-out problems, for the right answer and for the right reasoning, checkpoints side by side.
 
     python evaluate.py                                   out/pretrain.pt, out/midtrain.pt, out/grpo.pt, those that exist
-    python evaluate.py out/pretrain.pt --show 3          and sampled solutions, each step marked right or wrong and why
+    python evaluate.py out/pretrain.pt --show 3          and sampled solutions beside the gold ones, right and wrong marked
     python evaluate.py A.pt B.pt --plot out/eval.png     compare, and draw (needs matplotlib)
+    python evaluate.py --curves out/curves.png           how they were trained: losses, rewards, groups of RL
     python evaluate.py A.pt --data rows.jsonl            on rows of a file instead of fresh problems
     torchrun --nproc_per_node=8 evaluate.py A.pt         on several GPUs
 
@@ -21,6 +22,7 @@ import argparse
 import collections
 import importlib.util
 import json
+import math
 import os
 import re
 
@@ -32,8 +34,11 @@ import numpy as np
 import torch  # after model.py, which sets how its threads wait
 
 VERDICTS = ("outcome", "verified", "strict")
+FIGURES = (".png", ".pdf", ".svg")
 MARGIN = 0.05  # of pass@k and other shares: `signs` takes a rise that is surely smaller for none
 CHAIN = ("out/pretrain.pt", "out/midtrain.pt", "out/grpo.pt")
+COLORS = dict(pretrain="black", midtrain="tab:blue", grpo="tab:orange")  # of a stage, in every figure
+MORE_COLORS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:red")
 
 
 def pass_at_k(n, c, k):
@@ -89,8 +94,10 @@ def arguments():
     add_world_options(p.add_argument_group("world of the problems (default: that of the first checkpoint)"))
     p.add_argument("--seed", type=at_least(0), default=0, help="of the problems and of the sampling (default 0)")
     p.add_argument("--json", default="out/eval.json", help="where to write the numbers (default out/eval.json)")
-    p.add_argument("--plot", metavar="PNG", help="draw pass@1 and pass@k over op (needs matplotlib)")
-    p.add_argument("--show", type=at_least(0), default=0, metavar="N", help="print N sampled solutions, each step marked")
+    p.add_argument("--plot", metavar="PNG", help="draw pass@k over op, and over k (needs matplotlib)")
+    p.add_argument("--curves", metavar="PNG", help="draw the metrics beside the checkpoints, and evaluate nothing")
+    p.add_argument("--show", type=at_least(0), default=0, metavar="N", help="print N sampled solutions beside the gold ones")
+    p.add_argument("--samples", metavar="JSONL", help="write every sample with its problem and verdicts (1.5 KB each)")
     p.add_argument("--rows", type=at_least(1), help="samples that run at a time, at most (default 6144, on a CPU 512)")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     p.set_defaults(dtype=None, compile=False)
@@ -106,17 +113,27 @@ def arguments():
         args.checkpoints = list(dict.fromkeys(args.checkpoints)) or [c for c in CHAIN if os.path.exists(c)]
         if not args.checkpoints:
             raise ValueError("there is no checkpoint in out/: run python pretrain.py first, or name one")
+        for name, kinds in dict(json=[".json"], samples=[".jsonl"], plot=FIGURES, curves=FIGURES).items():
+            path = getattr(args, name)
+            if path is not None and not path.endswith(tuple(kinds)):  # a checkpoint, say
+                raise ValueError(f"--{name} {path} must end in {' or '.join(kinds)}")
+        inputs = [*args.checkpoints, *map(metrics_of, args.checkpoints), *filter(None, [args.data])]
+        if args.curves:
+            if not importlib.util.find_spec("matplotlib"):
+                raise ValueError("--curves needs matplotlib (pip install matplotlib)")
+            check_outputs(args.curves, inputs=inputs)
+            args.runs = {path: read_metrics(path) for path in args.checkpoints}
+            if not all(args.runs.values()):
+                path = metrics_of(next(path for path, rows in args.runs.items() if not rows))
+                raise ValueError(f"there are no metrics of a stage in {path}")
+            return args
         args.loaded = [(path, *read_trained(path, data.VOCABULARY)) for path in args.checkpoints]
         args.id_ops = args.loaded[0][1]["id_ops"]
         args.id_ranges = data.seen_ops(args.loaded[0][1])
         take_world(args, args.loaded[0][1]["recipe"], data.World())
         args.context = args.context or ("all" if len(args.id_ranges) == len(data.CONTEXTS) else ",".join(args.id_ranges))
         args.problem_rows = problems_of(args)
-        if not args.json.endswith(".json"):  # a checkpoint, say
-            raise ValueError(f"--json {args.json} must end in .json")
-        if args.plot and not args.plot.endswith((".png", ".pdf", ".svg")):
-            raise ValueError(f"--plot {args.plot} must end in .png, .pdf or .svg")
-        check_outputs(args.json, *filter(None, [args.plot]), inputs=[*args.checkpoints, *filter(None, [args.data])])
+        check_outputs(args.json, *filter(None, [args.plot, args.samples]), inputs=inputs)
     return args
 
 
@@ -148,7 +165,8 @@ def evaluate(model, problem_rows, args, device, precision, progress=None):
     Returns a list of records, one for each problem of this rank: op, i (its number among those of its op), context, group,
     distractors (how many), answer, last_is_answer (whether the last number of the problem is the answer), right ({verdict: how
     many of n}), errors ({name of an error: in how many samples}), hacked (right answer, wrong process), truncated, named (in how
-    many samples a needed quantity is defined at all), the row, and the text of the first sample.
+    many samples a needed quantity is defined at all), the row, the text of the first sample and, with --samples, all texts with
+    their verdicts.
     """
     enc, buffers, records = data.tokenizer(), {}, []
     stop = enc.encode_single_token(data.END)
@@ -177,7 +195,8 @@ def evaluate(model, problem_rows, args, device, precision, progress=None):
                 right={name: sum(verdict[name] for verdict in verdicts) for name in VERDICTS},
                 hacked=sum(v["outcome"] and not v["verified"] for v in verdicts),
                 named=sum(any(f"Define {name} as " in text for name in names) for text in texts),
-                truncated=sum(stop not in ids for ids in mine), row=row, text=texts[0]))
+                truncated=sum(stop not in ids for ids in mine), row=row, text=texts[0],
+                samples=[*zip(texts, verdicts)] if args.samples else []))
     return records
 
 
@@ -326,50 +345,162 @@ def table(results, args):
     return "\n".join(lines)
 
 
-def show(records, count):
-    """Print sampled solutions, ops spread evenly, each step marked and, where it is wrong, why."""
-    for j in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int):
-        row, text = records[j]["row"], records[j]["text"]
-        say(f"\n--- {records[j]['context']}, op {row['op']}\n{row['problem'].strip()} {row['question']}\n")
-        for step, right, why in explain(row["solution"], text):
-            say(f"  {'right' if right else 'WRONG'}  {step}" + (f"   <- {why}" if why else ""))
-
-
-def plot(results, args):
-    """Draw pass@(smallest k) and pass@(largest k) of `verified` over op with intervals over problems, a colour a checkpoint."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(8, 4.5), constrained_layout=True)
-    low, high = f"pass@{args.k[0]}", f"pass@{args.k[-1]}"
-    for (name, result), color in zip(results.items(), plt.cm.tab10.colors * 9):
-        ops = [int(op) for op in result["ops"]]
-        for k, style in dict.fromkeys(((low, "-o"), (high, "--s"))):
-            values = [result["ops"][str(op)]["verified"] for op in ops]
-            ends = [np.abs(np.subtract(v[f"{k} interval"], v[k])) for v in values]
-            axes.errorbar(ops, [v[k] for v in values], np.transpose(ends), fmt=style, color=color, capsize=2, markersize=4,
-                          linewidth=1.5, label=f"{name}: {k}")
-    result = next(iter(results.values()))
-    ops, ranges = [int(op) for op in result["ops"]], [args.id_ranges.get(context) for context in result["contexts"]]
-    for group, color in (("below", "0.95"), ("ID", "1.0"), ("OOD-edge", "0.95"), ("OOD-hard", "0.88")):
-        inside = [op for op in ops if {group_of(op, id_ops) for id_ops in ranges} == {group}]  # in every context
-        if inside:
-            axes.axvspan(inside[0] - 0.5, inside[-1] + 0.5, color=color, zorder=0)
-            axes.text(inside[0] - 0.45, 1.02, group, va="bottom", fontsize=9)
-    axes.set(xlabel="op", ylabel="verified", ylim=(-0.02, 1.1), xlim=(ops[0] - 0.5, ops[-1] + 0.5), xticks=ops)
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(args.plot, dpi=150)
+def metrics_of(path):
+    return path.removesuffix(".pt") + ".jsonl"
 
 
 def read_metrics(path):
-    """The rows that grpo.py logged beside this checkpoint; none if it is another stage's, or they cannot be read."""
+    """The rows that a stage logged beside this checkpoint; none if they cannot be read."""
     try:
-        with open(path.removesuffix(".pt") + ".jsonl", encoding="utf-8") as f:
-            rows = [json.loads(line) for line in f]
-        return rows if all("groups" in row for row in rows) else []
+        with open(metrics_of(path), encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f if line.endswith("\n")]  # the last one may be half written
+        return rows if all("step" in row for row in rows) else []
     except (OSError, ValueError, TypeError):
         return []
+
+
+def show(all_records, count):
+    """Print sampled solutions of some problems, ops spread evenly: beside each step the gold one, and what is wrong.
+
+    all_records: {checkpoint: records}, of the same problems."""
+    problems = next(iter(all_records.values()))
+    for j in np.linspace(0, len(problems) - 1, min(count, len(problems))).astype(int):
+        row = problems[j]["row"]
+        gold = {name: steps[0].text for name, steps in parse(row["solution"]).nodes.items()}
+        say(f"\n--- {problems[j]['context']}, {data.show(row, solution=False)}")
+        for path, records in all_records.items():
+            lines = [(True, path, "gold", "", "")]
+            for step, right, why in explain(row["solution"], records[j]["text"]):
+                name, _, work = step.removeprefix("Define ").partition(" as ")
+                if step.startswith("Answer: "):
+                    name, work, its_gold = "answer", step.removeprefix("Answer: "), str(problems[j]["answer"])
+                else:
+                    work, its_gold = (t.partition("; ")[2].replace("so ", "").rstrip(". ") for t in (work, gold.get(name, "")))
+                lines.append((right, work or "-", its_gold or "-", name, f"  <- {why.replace(f': {name}', '')}" if why else ""))
+            width = [max(len(line[column]) for line in lines) for column in (1, 2)]
+            for i, (right, work, its_gold, name, why) in enumerate(lines):
+                mark = "     " if i == 0 else data.styled("right", "green") if right else data.styled("WRONG", "red")
+                say(f"  {mark}  {work:{width[0]}}  {its_gold:{width[1]}}  {name}{why}".rstrip())
+            say()
+
+
+def write_samples(path, all_records):
+    """A line of JSON a sample."""
+    lines = [json.dumps(dict(checkpoint=checkpoint, op=r["op"], context=r["context"], group=r["group"], id=r["row"].get("id"),
+                             template=r["row"]["template"], sample=j, problem=r["row"]["problem"], question=r["row"]["question"],
+                             solution=r["row"]["solution"], response=text, **verdict))
+             for checkpoint, records in all_records.items() for r in records for j, (text, verdict) in enumerate(r["samples"])]
+    write_whole(path, "\n".join(lines) + "\n")
+
+
+def pyplot():
+    import matplotlib
+    matplotlib.use("Agg")  # no window
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+def plot(results, args):
+    """Draw verified pass@(smallest k) and pass@(largest k) over op, and pass@k over k for each group: with "sharpening only" a
+    curve over k turns, with "ability added" it moves up as a whole. Bands are intervals over problems, over op those of pass@(smallest k)."""
+    plt, ks = pyplot(), [f"pass@{k}" for k in args.k]
+    groups = [*next(iter(results.values()))["groups"]] if ks[1:] else []
+    figure, axes = plt.subplot_mosaic([["op"] * len(groups), groups] if groups else [["op"]], figsize=(9, 7 if groups else 4),
+                                      height_ratios=(4, 3) if groups else None, layout="constrained")
+    free = iter(MORE_COLORS * len(results))
+    colors = {}  # of a stage the first checkpoint has its color
+    for path, result in results.items():
+        own = COLORS.get(result["stage"])
+        colors[path] = next(free) if own is None or own in colors.values() else own
+
+    def draw(ax, x, numbers, names, band=True, **style):
+        """numbers: for each x its {"pass@k": ..., "pass@k interval": ...}; names: which pass@k, for each x."""
+        ax.plot(x, [v[k] for v, k in zip(numbers, names)], markersize=4, linewidth=1.6, **style)
+        if band:
+            ends = zip(*[v[f"{k} interval"] for v, k in zip(numbers, names)])
+            ax.fill_between(x, *ends, color=style["color"], alpha=0.12, linewidth=0)
+        ax.grid(axis="y", alpha=0.3)
+        ax.set_ylim(-0.03, 1.03)
+
+    for path, result in results.items():
+        ops = [int(op) for op in result["ops"]]
+        numbers, color = [v["verified"] for v in result["ops"].values()], colors[path]
+        draw(axes["op"], ops, numbers, [ks[0]] * len(ops), color=color, marker="o", label=path.removesuffix(".pt"))
+        if ks[1:]:
+            draw(axes["op"], ops, numbers, [ks[-1]] * len(ops), color=color, marker="s", linestyle="--", band=False)
+        for group in groups:
+            draw(axes[group], args.k, [result["groups"][group]["verified"]] * len(ks), ks, color=color, marker="o")
+    ranges = [args.id_ranges.get(context) for context in result["contexts"]]
+    for group, color in (("below", "0.95"), ("ID", "1.0"), ("OOD-edge", "0.95"), ("OOD-hard", "0.88")):
+        inside = [op for op in ops if {group_of(op, id_ops) for id_ops in ranges} == {group}]  # in every context
+        if inside:
+            axes["op"].axvspan(inside[0] - 0.5, inside[-1] + 0.5, color=color, zorder=0)
+            axes["op"].text(inside[0] - 0.45, 1.04, group, va="bottom")
+    axes["op"].set(xlabel="op", ylabel="verified", xlim=(ops[0] - 0.5, ops[-1] + 0.5), xticks=ops)
+    axes["op"].legend(title=f"solid {ks[0]}, dashed {ks[-1]}" if ks[1:] else ks[0], loc="upper right",
+                      labelcolor="linecolor", framealpha=0.9)
+    for group in groups:
+        axes[group].set(title=group, xlabel="k", xscale="log", ylabel="verified pass@k" if group == groups[0] else None)
+        axes[group].set_xticks(args.k, args.k)
+        axes[group].minorticks_off()
+    figure.savefig(args.plot, dpi=150)
+
+
+def plot_curves(runs, path):
+    """Draw what the stages logged, {checkpoint: rows of metrics}. A point is a mean over 2 or 4 % of the run."""
+    plt = pyplot()
+    ops = {name: sorted({op for row in rows for op in row.get("groups", ())}, key=int) for name, rows in runs.items()}
+    n_rows = math.ceil(sum(6 + len(of_run) if of_run else 1 for of_run in ops.values()) / 4)
+    figure, panels = plt.subplots(n_rows, 4, figsize=(10, 2.1 * n_rows), layout="constrained", squeeze=False)
+    panels = iter(panels.flat)
+
+    def means(rows, value, points=50):
+        """([step], [value]), with the rows where the value is None left out."""
+        rows = [row for row in rows if value(row) is not None]
+        parts = np.array_split(np.arange(len(rows)), min(points, len(rows))) if rows else []
+        return tuple([np.mean([of(rows[i]) for i in part]) for part in parts] for of in (lambda row: row["step"], value))
+
+    def lines(title, rows, colors, **values):
+        ax = next(panels)
+        for (label, value), color in zip(values.items(), colors):
+            ax.plot(*means(rows, value), color=color, linewidth=1.4, label=label.replace("_", " "))
+        ax.set_title(title, fontsize=9)
+        if len(values) > 1:
+            ax.legend(fontsize=7, framealpha=0.6, handlelength=1)
+
+    for checkpoint, rows in runs.items():
+        name = os.path.basename(checkpoint).removesuffix(".pt")
+        if not ops[checkpoint]:
+            lines(f"{name}: loss, nats a token", rows, ("0.6", COLORS["midtrain" if "mid" in name else "pretrain"]),
+                  of_the_step=lambda row: row["loss"], held_out=lambda row: row["val_loss"])
+            continue
+        parts = ("process", "outcome", "verified", "strict", "hacked", "reward")
+        lines(f"{name}: reward and parts", rows, (*MORE_COLORS[:5], COLORS["grpo"]),
+              **{part: lambda row, part=part: row[part] for part in parts})
+        groups = [key for key in rows[0]["held_out"] if not key.endswith("interval")]
+        lines("verified, held out", rows, ("black", COLORS["grpo"], *MORE_COLORS),
+              **{group: lambda row, group=group: row["held_out"][group] for group in groups})
+        lines("entropy, nats a token", rows, [COLORS["grpo"]], entropy=lambda row: row["entropy"])
+        lines("KL, nats a token", rows, ("black", COLORS["grpo"]), to_the_reference=lambda row: row["kl"],
+              in_a_step=lambda row: row["approx_kl"])
+        lines("length, tokens", rows, [COLORS["grpo"]], length=lambda row: row["length"])
+        lines("share cut off", rows, [COLORS["grpo"]], truncated=lambda row: row["truncated"])
+        for op in ops[checkpoint]:
+            ax, drawn = next(panels), [row for row in rows if op in row["groups"]]
+            kinds = dict(all_wrong="0.7", mixed=COLORS["grpo"], all_right="tab:green")
+            steps, of_all = means(drawn, lambda row: row["groups"][op]["groups"], 25)
+            of_kinds = [means(drawn, lambda row: row["groups"][op][kind] * row["groups"][op]["groups"], 25)[1] for kind in kinds]
+            ax.stackplot(steps, *np.divide(of_kinds, of_all), colors=kinds.values(), alpha=0.8,
+                         labels=[kind.replace("_", " ") for kind in kinds])
+            ax.set(ylim=(0, 1), xlim=(rows[0]["step"], rows[-1]["step"]))
+            ax.set_title(f"groups of op {op}", fontsize=9)
+            if op == ops[checkpoint][0]:
+                ax.legend(fontsize=7, framealpha=0.8, loc="lower right")
+    for ax in panels:
+        ax.remove()
+    for ax in figure.axes:
+        ax.tick_params(labelsize=7)
+    figure.savefig(path, dpi=150)
 
 
 def report(results, args):
@@ -389,7 +520,8 @@ def report(results, args):
             say(f"  {group}: right answer by wrong reasoning, {numbers['hacked']:.1%} of the right answers; cut off, "
                 f"{numbers['truncated']:.1%}; most frequent errors: "
                 + (", ".join(f"{name} {part:.0%}" for name, part in common) or "none"))
-        found = signs(r, args.k, r.get("against_init"), read_metrics(path))
+        rl = [row for row in read_metrics(path) if "groups" in row]
+        found = signs(r, args.k, r.get("against_init"), rl)
         if found:
             say(f"  signs, against {r['init_here']}:" if "init_here" in r else "  signs:")
         for sentence in found:
@@ -398,6 +530,9 @@ def report(results, args):
 
 def main():
     args = arguments()
+    if args.curves:
+        plot_curves(args.runs, args.curves)
+        return say(f"figure: {args.curves}")
     device, precision = set_up(args)
     if args.plot and not importlib.util.find_spec("matplotlib"):
         say("--plot needs matplotlib (pip install matplotlib): there will be no figure")
@@ -438,12 +573,13 @@ def main():
     try:  # first, since whoever reads what is printed may go away
         write_whole(os.path.realpath(args.json), f'{text},\n "by_problem": {samples}\n}}\n')
     finally:  # if it cannot be written, this is all that is left
-        for path, records in all_records.items() if args.show else ():
-            say(f"\n{path}")
-            show(records, args.show)
+        show(all_records, args.show)
         say("\n" + table(results, args) + "\n\n[low high]: 95 % interval over problems\n")
         report(results, args)
     say(f"numbers: {args.json}")
+    if args.samples:
+        write_samples(os.path.realpath(args.samples), all_records)
+        say(f"samples: {args.samples}")
     if args.plot:
         plot(results, args)
         say(f"figure: {args.plot}")

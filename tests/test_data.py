@@ -1051,6 +1051,35 @@ def test_show_prints_the_problem(tmp_path):
         assert row["solution"].replace(". ", ".\n") in done.stdout
 
 
+def test_show_has_the_graph_beside_the_text_in_a_wide_terminal(monkeypatch):
+    row, = rows("zoo:8", 1, 3)
+    monkeypatch.setenv("COLUMNS", "80")
+    title, text, question, graph, solution = data.show(row).split("\n\n")
+    monkeypatch.setenv("COLUMNS", "160")
+    wide = data.show(row)
+    assert wide.startswith(f"{title}\n\n") and wide.endswith(f"\n\n{solution}")
+    lines = wide[len(title) + 2:-len(solution) - 2].splitlines()
+    column = lines[0].index(graph.splitlines()[0])
+    assert "\n".join(line[column:] for line in lines).strip() == graph
+    assert " ".join(line[:column] for line in lines).split() == f"{text} {question}".split()
+    assert max(map(len, lines)) <= 160
+
+
+def test_styles_are_for_terminals_that_want_them(monkeypatch):
+    assert data.styled("text", "red") == "text"  # no terminal
+    monkeypatch.setattr(data.sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert data.styled("text", "red") == "\033[31mtext\033[0m" and data.styled("text", "") == "text"
+    shown = data.show(data.make_row(0, data.parse_mixture("zoo:4"), 0, "train", data.World(6)))
+    dim = re.findall("\033\\[2mThe number of (.+?) equals", shown)
+    needed = re.findall("Define (.+?) as", shown)
+    assert dim and not {*dim} & {*needed}
+    assert {*re.findall("^The number of (.+?) equals", shown, re.M)} <= {*needed}
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert data.styled("text", "red") == "text"
+
+
 def test_an_existing_file_is_replaced_whole(tmp_path):
     (tmp_path / "rows.jsonl").write_text("old\n" * 1000)
     assert len(written(tmp_path, "--n", 3)) == 3

@@ -159,7 +159,7 @@ PLAN = {
 def known(monkeypatch):
     """Arguments and problems for `evaluate.evaluate`, with `sample` replaced; what it was called with is kept in `calls`."""
     args = types.SimpleNamespace(n=4, k=[1, 2, 4], id_ranges={"zoo": [2, 10], "school": [2, 2]}, device="cpu", seed=0,
-                                 temperature=0.7, rows=8)
+                                 temperature=0.7, rows=8, samples=None)
     # plain enough that dropping the first step loses a step that is needed
     problems = {op: [data.make_row(i, data.parse_mixture(f"zoo:{op}"), 0, "eval", data.World(0))
                      for i in range(3)] for op in PLAN}
@@ -303,22 +303,46 @@ def test_distractors_are_counted(known, monkeypatch):
     assert list(per_group) == ["0-1", "2-4", "5-12"]
 
 
-def test_show_marks_steps(known, capsys):
-    records = evaluate.evaluate(None, {op: known.problems[op][:1] for op in PLAN}, known.args, "cpu", nullcontext())  # first samples:
-    evaluate.show(records, 4)                                                                   # right, right, cut, lucky
+def test_show_marks_steps_beside_the_gold_ones(known, capsys):
+    records = evaluate.evaluate(None, {op: known.problems[op][:1] for op in PLAN}, known.args, "cpu", nullcontext())
+    evaluate.show({"a.pt": records}, 4)  # the first samples: right, right, cut, lucky
     parts = capsys.readouterr().out.split("\n--- ")[1:]
-    assert [part.splitlines()[0] for part in parts] == ["zoo, op 3", "zoo, op 12", "zoo, op 13", "zoo, op 17"]
-    for part, record, marks in zip(parts, records, ("right", "right", "both", "both")):
-        assert record["row"]["question"] in part
-        found = re.findall(r"^  (right|WRONG)  (Define|Answer)", part, re.M)
-        assert found[-1][1] == "Answer"
-        assert {mark for mark, _ in found} == ({"right"} if marks == "right" else {"right", "WRONG"})
-        if marks == "right":
-            assert len(found) == record["row"]["solution"].count("Define") + 1 and "<-" not in part
-    assert re.search(r"WRONG  Answer: none +<- no answer", parts[2])
-    assert re.search(r"WRONG  Define .+<- .*missing node", parts[3])
-    evaluate.show(records, 99)
-    assert capsys.readouterr().out.count("\n--- ") == 4
+    assert [re.match(r"zoo, problem .*: op (\d+),", part)[1] for part in parts] == ["3", "12", "13", "17"]
+    for part, record, kind in zip(parts, records, (right, right, cut_off, lucky)):
+        row = record["row"]
+        assert row["question"] in part
+        found = re.findall(r"^  (right|WRONG)  (.*?)  +(.*?)  +(.*)", part, re.M)
+        for mark, mine, gold, name in found[:-1]:
+            step = re.search(rf"Define {re.escape(name.split('  <- ')[0])} as \w; (.*?)\. ", row["solution"])
+            assert gold == (step[1].replace("so ", "") if step else "-")  # a name may be cut off
+            assert mine == gold or mark == "WRONG"
+        assert found[-1][2] == str(record["answer"]) and found[-1][3].startswith("answer")
+        assert {mark for mark, *_ in found} == ({"right"} if kind is right else {"right", "WRONG"})
+        if kind is right:
+            assert len(found) == row["solution"].count("Define") + 1 and "<-" not in part
+    assert re.search(r"WRONG  none +\d+ +answer  <- no answer", parts[2])
+    assert re.search(r"WRONG  - .+<- missing node$", parts[3], re.M)
+    evaluate.show({"a.pt": records, "b.pt": records}, 99)
+    out = capsys.readouterr().out
+    assert out.count("\n--- ") == 4 and out.count(" a.pt ") == out.count(" b.pt ") == 4
+    evaluate.show({"a.pt": records}, 0)
+    assert not capsys.readouterr().out
+
+
+def test_samples_are_written_with_their_verdicts(known, tmp_path):
+    known.args.samples = "s.jsonl"
+    records = evaluate.evaluate(None, known.problems, known.args, "cpu", nullcontext())
+    evaluate.write_samples(tmp_path / "s.jsonl", {"a.pt": records, "b.pt": records[:1]})
+    lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    kinds = [kind for op in PLAN for of_problem in PLAN[op] for kind in of_problem]
+    assert len(lines) == len(kinds) + 4 and [line["checkpoint"] for line in lines] == ["a.pt"] * len(kinds) + ["b.pt"] * 4
+    for line, kind in zip(lines, kinds):
+        row = next(row for row in known.problems[line["op"]] if row["id"] == line["id"])
+        assert (line["outcome"], line["verified"], line["strict"]) == VERDICTS[kind]
+        assert line["response"] == kind(row) and bool(line["errors"]) == (not line["strict"])
+        assert [line[key] for key in ("problem", "question", "solution", "template")] == [
+            row[key] for key in ("problem", "question", "solution", "template")]
+    assert [line["sample"] for line in lines[:5]] == [0, 1, 2, 3, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -393,13 +417,16 @@ def test_signs_of_rl_off_the_edge(rows, words):
     assert [words in sentence for sentence in found] == [True] * bool(words)
 
 
-def test_metrics_are_those_of_rl_beside_the_checkpoint(tmp_path):
+def test_metrics_are_those_beside_the_checkpoint(tmp_path):
     rows = [dict(step=1, groups={"9": of_op(10, 0.0, 1.0, 0.0)})]
     (tmp_path / "grpo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "pretrain.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    (tmp_path / "broken.jsonl").write_text('{"step": 1, "gro')
+    (tmp_path / "running.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    (tmp_path / "foreign.jsonl").write_text('{"problem": "..."}\n')
+    (tmp_path / "broken.jsonl").write_text('{"step": 1, "gro\n')
     assert evaluate.read_metrics(str(tmp_path / "grpo.pt")) == rows
-    assert [evaluate.read_metrics(str(tmp_path / f"{name}.pt")) for name in ("pretrain", "broken", "none")] == [[], [], []]
+    assert all(evaluate.read_metrics(str(tmp_path / f"{name}.pt")) == [dict(step=1, loss=2.0)] for name in ("pretrain", "running"))
+    assert [evaluate.read_metrics(str(tmp_path / f"{name}.pt")) for name in ("foreign", "broken", "none")] == [[], [], []]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -457,7 +484,7 @@ def test_the_file_and_the_table(trained):
     assert out.count("\n--- ") == 6 and "  WRONG  " in out  # --show
     for op, i in itertools.product((3, 4, 5), (0, 1)):
         row = data.make_row(op * 10 ** 6 + i, data.parse_mixture(str(op)), split="eval", world=data.World(0.5, 2, 20))
-        assert row["problem"].strip() in out
+        assert all(f"{sentence.strip('. ')}.\n" in out for sentence in row["problem"].split(". ") if sentence.strip())
     assert "edge" in out and "cut off" in out and "interval over problems" in out
 
 
@@ -566,6 +593,68 @@ def test_the_plot(trained):
     assert (trained / "plots/p.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_plot_shows_the_numbers(monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="needs matplotlib")
+    monkeypatch.setattr(evaluate, "pyplot", lambda: pyplot)
+
+    def numbers(value):
+        return dict(verified={f"pass@{k}": value + k / 100 for k in (1, 4)} | {
+            f"pass@{k} interval": [value, value + 0.1] for k in (1, 4)})
+
+    results = {path: dict(stage=stage, contexts={"zoo": {}}, groups={"ID": numbers(0.9), "OOD-edge": numbers(value)},
+                          ops={"8": numbers(0.9), "9": numbers(value)})
+               for path, stage, value in (("x/base.pt", "pretrain", 0.1), ("x/rl.pt", "grpo", 0.3), ("x/rl2.pt", "grpo", 0.5))}
+    args = types.SimpleNamespace(k=[1, 4], id_ranges={"zoo": [2, 8]}, plot=str(tmp_path / "p.svg"))
+    evaluate.plot(results, args)
+    axes = {ax.get_title(): ax for ax in pyplot.gcf().axes}
+    over_op, over_k = axes[""].lines, axes["OOD-edge"].lines
+    assert [[*line.get_xdata()] for line in over_op] == [[8, 9]] * 6 and [[*line.get_xdata()] for line in over_k] == [[1, 4]] * 3
+    assert [[*line.get_ydata()] for line in over_k] == [pytest.approx([v + 0.01, v + 0.04]) for v in (0.1, 0.3, 0.5)]
+    assert [[*line.get_ydata()] for line in over_op] == [
+        pytest.approx([0.9 + k / 100, v + k / 100]) for v in (0.1, 0.3, 0.5) for k in (1, 4)]
+    colors = [line.get_color() for line in over_k]
+    assert colors[:2] == [evaluate.COLORS["pretrain"], evaluate.COLORS["grpo"]] and len(set(colors)) == 3
+    assert [line.get_color() for line in over_op] == [color for color in colors for _ in (1, 4)]
+    args.k = [4]
+    evaluate.plot(results, args)
+    assert len(pyplot.gcf().axes) == 1 and len(pyplot.gcf().axes[0].lines) == 3
+    pyplot.close("all")
+
+
+def test_the_curves_show_what_was_logged(monkeypatch, tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="needs matplotlib")
+    monkeypatch.setattr(evaluate, "pyplot", lambda: pyplot)
+    training = [dict(step=step, loss=1 / step, val_loss=2 / step if step > 2 else None) for step in range(1, 5)]
+    rl = [dict(step=step, groups={"9": of_op(10, 0.5, 1 - step / 2, step / 2), **({"10": of_op(2, 0, 1.0, 0)} if step == 2 else {})},
+               held_out={"ID": 0.9, "ID interval": [0.8, 1.0]}, approx_kl=None if step == 1 else 0.1,
+               **dict.fromkeys("reward outcome process verified strict hacked entropy kl length truncated".split(), step / 10))
+          for step in (1, 2)]
+    evaluate.plot_curves({"x/base.pt": training, "x/rl.pt": rl}, str(tmp_path / "c.png"))
+    axes = {ax.get_title(): ax for ax in pyplot.gcf().axes}
+    assert [*axes] == ["base: loss, nats a token", "rl: reward and parts", "verified, held out", "entropy, nats a token",
+                       "KL, nats a token", "length, tokens", "share cut off", "groups of op 9", "groups of op 10"]
+    loss, held_out = axes["base: loss, nats a token"].lines
+    assert [*loss.get_ydata()] == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4])
+    assert [[*held_out.get_xdata()], [*held_out.get_ydata()]] == [[3, 4], pytest.approx([2 / 3, 1 / 2])]
+    assert all([*line.get_ydata()] == [0.1, 0.2] for line in axes["rl: reward and parts"].lines)
+    assert [[*line.get_xdata()] for line in axes["KL, nats a token"].lines] == [[1, 2], [2]]
+    wrong, mixed, all_right = [area.get_paths()[0].vertices for area in axes["groups of op 9"].collections]
+    assert {(1.0, 0.5), (2.0, 0.0)} <= {(x, y) for x, y in wrong.tolist()}          # upper edges
+    assert {(1.0, 1.0), (2.0, 1.0)} <= {(x, y) for x, y in all_right.tolist()}
+    pyplot.close("all")
+
+
+def test_curves_of_the_command(trained, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    (tmp_path / "e.json").write_text("kept")
+    result = run(tmp_path, "evaluate.py", trained / "a.pt", trained / "b.pt", "--curves", "c.png", "--json", "e.json")
+    assert result.code == 0 and (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "e.json").read_text() == "kept"  # it evaluates nothing
+    (tmp_path / "a.pt").write_bytes((trained / "a.pt").read_bytes())
+    assert_refused(run(tmp_path, "evaluate.py", "a.pt", "--curves", "d.png"), "a.jsonl")
+    assert not (tmp_path / "d.png").exists()
+
+
 def test_two_ranks_do_the_work_of_one(trained):
     arguments = ["a.pt", "b.pt", *SHORT[:-2], "--temperature", "0", "--show", "1"]  # 0: no chance between the two
     out, one = evaluated(trained, *arguments)
@@ -601,6 +690,8 @@ BAD = [  # arguments, words in the last line
     ("a.pt --data true.jsonl", "true.jsonl line 1"), ("a.pt --data negative.jsonl", "negative.jsonl line 1"),
     ("a.pt --data rows.json --json rows.json", "overwrite"), ("a.pt --json cut.pt", ".json"), ("a.pt --json=", ".json"),
     ("a.svg --plot a.svg", "overwrite"), ("tokens.pt", "tokens"), ("a.pt --nope", "--nope"),
+    ("a.pt --samples a.jsonl", "overwrite"), ("a.pt --samples cut.pt", ".jsonl"), ("a.pt --curves cut.pt", ".png"),
+    ("a.pt --data rows.jsonl --samples rows.jsonl", "overwrite"),
 ]
 
 
@@ -609,8 +700,8 @@ def bad_folder(trained, tmp_path_factory):
     """A folder with what BAD speaks of."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "folder").mkdir()
-    for name in ("a.pt", "a.svg"):
-        (folder / name).write_bytes((trained / "a.pt").read_bytes())
+    for name, source in (("a.pt", "a.pt"), ("a.svg", "a.pt"), ("a.jsonl", "a.jsonl")):
+        (folder / name).write_bytes((trained / source).read_bytes())
     (folder / "cut.pt").write_bytes((trained / "a.pt").read_bytes()[:-500])
     row = data.make_row(0, data.parse_mixture("zoo:2"))
     for name, content in {
