@@ -51,7 +51,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import CONFIGS, at_least, check_outputs, load_checkpoint, lock, n_cores, one_line_errors, run_script, say  # noqa: E402
-from evaluate import pass_at_k  # noqa: E402
+from evaluate import COLORS, pass_at_k  # noqa: E402
 from verify import interval  # noqa: E402
 import data  # noqa: E402
 import numpy as np  # noqa: E402
@@ -461,29 +461,33 @@ def compute(models, files):
     return found
 
 
-def table(numbers, labels, kind, paper):
-    """A Markdown table of the levels or the changes: mean [interval] (seeds). numbers: region -> model -> measure -> kind."""
-    def cell(of_kind):
-        form = "+.3f" if kind == "change" else ".3f"
-        numbers = of_kind["mean"], *of_kind["interval"], *of_kind["seeds"]
-        mean, low, high, *of_seeds = (f"{x:{form}}".replace("0.", ".") for x in numbers)
-        return f"{mean} [{low} {high}]" + f" ({' '.join(of_seeds)})" * (len(of_seeds) > 1)
+def table(numbers, labels, measures, paper):
+    """A Markdown table: of each measure the mean over the seeds (and each seed) and, of pass@k, the change [interval].
 
-    measures = [*next(iter(next(iter(numbers.values())).values()))]
-    rows = [["", "model", *measures, *["paper, pass@1", "pass@128"] * bool(paper)]]
+    numbers: region -> model -> measure -> {"level": ..., "change": ...}; paper: (region, model) -> two cells.
+    """
+    def short(x, sign=""):
+        return f"{x:{sign}.3f}".replace("0.", ".")
+
+    def cells(measure, level, change):
+        seeds = f" ({' '.join(map(short, level['seeds']))})" * (len(level["seeds"]) > 1)
+        changed = "{} [{} {}]".format(*(short(x, "+") for x in (change["mean"], *change["interval"]))) if change else ""
+        return [short(level["mean"]) + seeds, *[changed] * measure.startswith("pass@")]
+
+    titles = [title for measure in measures for title in (measure, *["change"] * measure.startswith("pass@"))]
+    rows = [["", "model", *titles, *["paper, pass@1", "pass@128"] * bool(paper)]]
     rows.append(["---"] * len(rows[0]))
     for region, models in numbers.items():
-        rows += [[region, labels[model], *[cell(of_model[measure][kind]) for measure in measures],
-                  *(paper.get((region, model), ("", "")) if paper else ())]
-                 for model, of_model in models.items() if of_model[measures[0]][kind]]
+        rows += [[region, labels[model], *[cell for measure in measures for cell in cells(measure, **of_model[measure])],
+                  *(paper.get((region, model), ("", "")) if paper else ())] for model, of_model in models.items()]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows)
 
 
-def plot_over_k(axes, numbers, labels, ks):
+def plot_over_k(axes, numbers, labels, stages, ks):
     """Pass@k over k, a panel a region, a line a model: the mean over the seeds, and a band from worst to best."""
     for ax, region in zip(axes, numbers):
-        for (model, label), color in zip(labels.items(), ["black", *COLORS]):
+        for (model, label), color in zip(labels.items(), (COLORS["pretrain"], "tab:green", COLORS["grpo"], "tab:purple")):
             levels = {int(k[5:]): numbers[region][model][k]["level"] for k in ks}
             worst, mean, best = zip(*[(min(v["seeds"]), v["mean"], max(v["seeds"])) for v in levels.values()])
             ax.plot([*levels], mean, "--o" if model == "base" else "-o", color=color, markersize=4, label=label)
@@ -497,22 +501,20 @@ def plot_over_k(axes, numbers, labels, ks):
     axes[0].legend(fontsize=8)
 
 
-def plot_arms(axes, numbers, labels, ks):
-    """A row a model, a panel a region: pass@1 and pass@(largest k), the interval over seeds, and a dot a seed."""
+def plot_arms(axes, numbers, labels, stages, ks):
+    """A row a model in the color of its stage, a panel a region: pass@1 (filled) and pass@(largest k), the interval over seeds,
+    and a dot a seed."""
     for ax, region in zip(axes, numbers):
-        for k, color, shift in ((ks[0], COLORS[0], 0.15), (ks[-1], COLORS[1], -0.15)):
+        for k, fill, shift in ((ks[0], None, 0.15), (ks[-1], "white", -0.15)):
             for row, model in enumerate(labels):
-                level, y = numbers[region][model][k]["level"], len(labels) - row + shift
-                ax.plot(level["interval"], [y, y], color=color, linewidth=1.5)
-                ax.plot(level["seeds"], [y] * len(level["seeds"]), ".", color=color, alpha=0.5, markersize=4)
-                ax.plot(level["mean"], y, "o", color=color, markersize=5, label=k if row == 0 else None)
+                level, y, color = numbers[region][model][k]["level"], len(labels) - row + shift, COLORS[stages[model]]
+                ax.plot(level["interval"], [y, y], color=color, linewidth=1.5, alpha=0.6, zorder=1)
+                ax.plot(level["seeds"], [y] * len(level["seeds"]), ".", color=color, alpha=0.6, markersize=4, zorder=1)
+                ax.plot(level["mean"], y, "o", color=color, markerfacecolor=fill, markersize=5, label=k if row == 0 else None)
         ax.set_yticks([len(labels) - row for row in range(len(labels))], labels.values())
         ax.set(title=region, xlabel="verified", xlim=(-0.02, 1.02))
         ax.grid(axis="x", alpha=0.3)
     axes[-1].legend(fontsize=8)
-
-
-COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
 def machine():
@@ -570,9 +572,8 @@ def report(args, finding, settings, minutes):
              f"Verified pass@k; 95 % intervals {claims[0]['intervals']}. A change is against the model that this one started from. "
              f"{finding['note']}".strip()]
     for tag, of_table in results.items():
-        lines += [f"Evaluated with `{settings['evaluate'][tag]}`: mean over seeds [interval] (seeds).",
-                  table(of_table, labels, "level", finding["paper"] if tag == tables[-1] else {}), "Changes:",
-                  table(of_table, labels, "change", {})]
+        lines += [f"Evaluated with `{settings['evaluate'][tag]}`: mean over seeds (seeds), change [interval].",
+                  table(of_table, labels, [ks[0], ks[-1], *finding["measures"]], finding["paper"] if tag == tables[-1] else {})]
     lines += [f"The paper: {finding['paper_says']}"]
     lines += ["Right answers without reasoning (the most frequent answer, or the last number of the problem): "
               + ", ".join(f"{region} {share:.3f}" for region, share in baseline.items()) + "."]
@@ -592,7 +593,9 @@ def report(args, finding, settings, minutes):
         height = 3.8 if finding["plot"] is plot_over_k else 1.2 + 0.35 * len(labels)
         figure, axes = plt.subplots(1, len(drawn), figsize=(4 * len(drawn), height), sharey=True, squeeze=False,
                                     constrained_layout=True)
-        finding["plot"](axes[0], drawn, labels, ks)
+        stages = {model: shlex.split(how.command or models[how.init].command)[0].removesuffix(".py")
+                  for model, how in models.items() if how.label}
+        finding["plot"](axes[0], drawn, labels, stages, ks)
         figure.suptitle(f"{finding['title']} ({args.preset}, seed{'s' * (len(args.seeds) > 1)} {', '.join(map(str, args.seeds))})")
         figure.savefig(f"{path}.png", dpi=150)
         lines.append(f"![{finding['title']}]({args.finding}.png)")

@@ -263,7 +263,7 @@ def test_the_rows_of_a_figure_have_names():
     figure, axes = pytest.importorskip("matplotlib.pyplot").subplots(1, 2, sharey=True)
     level = dict(mean=0.5, interval=[0.4, 0.6], seeds=[0.5])
     numbers = {region: {model: {k: dict(level=level) for k in ("pass@1", "pass@16")} for model in "ab"} for region in ("ID", "hard")}
-    findings.plot_arms(axes, numbers, dict(a="first", b="second"), ["pass@1", "pass@16"])
+    findings.plot_arms(axes, numbers, dict(a="first", b="second"), dict(a="pretrain", b="grpo"), ["pass@1", "pass@16"])
     figure.canvas.draw()
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["first", "second"]
 
