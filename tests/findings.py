@@ -590,8 +590,8 @@ def report(args, finding, settings, minutes):
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
         drawn = {region: of_region for region, of_region in results[tables[-1]].items() if region != "past"}
-        height = 3.8 if finding["plot"] is plot_over_k else 1.2 + 0.35 * len(labels)
-        figure, axes = plt.subplots(1, len(drawn), figsize=(4 * len(drawn), height), sharey=True, squeeze=False,
+        width, height = (3, 3.6) if finding["plot"] is plot_over_k else (3.4, 1.2 + 0.3 * len(labels))
+        figure, axes = plt.subplots(1, len(drawn), figsize=(width * len(drawn), height), sharey=True, squeeze=False,
                                     constrained_layout=True)
         stages = {model: shlex.split(how.command or models[how.init].command)[0].removesuffix(".py")
                   for model, how in models.items() if how.label}
