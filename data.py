@@ -672,7 +672,7 @@ def read_rows(path):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig", "surrogatepass"))
                 prompt_text(row), row["solution"].split, row["template"].split
                 if type(row["op"]) is not int or row["op"] < 1:  # true is an int, too
                     raise ValueError
@@ -683,6 +683,21 @@ def read_rows(path):
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
+
+
+def forward_rows(path, strict=False):
+    """`read_rows` without those of other modes (of the public data, problems that ask for an unknown), whose number it prints.
+
+    strict: refuse them. Raises ValueError or OSError with one line for the user.
+    """
+    rows = read_rows(path)
+    forward = [row for row in rows if row.get("mode", "normalforward") == "normalforward"]
+    others = len(rows) - len(forward)
+    if others and (strict or not forward):
+        raise ValueError(f"{path} has {others} rows that are not forward problems, whose mode is normalforward")
+    if others:
+        print(f"{path}: {others} of {len(rows)} rows are left out: they are not forward problems", file=sys.stderr)
+    return forward
 
 
 def steps_of(row):
@@ -728,6 +743,41 @@ def tokenizer():
     return tiktoken.Encoding("nano-interplay", pat_str=pattern + r"|[\s\S]",
                              mergeable_ranks={t: i for i, t in enumerate(tokens)},
                              special_tokens={t: n + i for i, t in enumerate(TAGS + [END])})
+
+
+def hf_tokenizer():
+    """`tokenizer` as the contents of a tokenizer.json of Hugging Face: the same ids for any text.
+
+    A byte-level BPE without merges: the pattern splits off phrases and single characters, a phrase is looked up whole
+    (`ignore_merges`), and a character that is no token falls back to its bytes. Bytes are written as in GPT-2.
+    """
+    enc = tokenizer()
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    letter = dict(zip(printable, map(chr, printable))) | {b: chr(256 + i) for i, b in enumerate(others)}
+    tokens = {i: enc.decode_single_token_bytes(i) for i in range(enc.n_vocab)}
+    special = {i: token.decode() for i, token in tokens.items() if token.decode(errors="replace") in (*TAGS, END)}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | dict(special=True)
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=False)
+    return dict(
+        version="1.0", truncation=None, padding=None, normalizer=None, post_processor=None, decoder=byte_level,
+        added_tokens=[dict(id=i, content=token, **flags) for i, token in special.items()],
+        pre_tokenizer=dict(type="Sequence", pretokenizers=[
+            dict(type="Split", pattern=dict(Regex=enc._pat_str), behavior="Isolated", invert=False), byte_level]),
+        model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                   fuse_unk=False, byte_fallback=False, ignore_merges=True, merges=[],
+                   vocab={"".join(letter[b] for b in token): i for i, token in tokens.items() if i not in special}))
+
+
+def hf_tokenizer_config():
+    """The contents of the tokenizer_config.json beside it.
+
+    AutoTokenizer of transformers 5 gives every qwen2 its Qwen2Tokenizer, which splits text by another pattern, unless there is an
+    auto_map. This one names no code of ours and is not followed (that needs trust_remote_code): tokenizer.json is read.
+    """
+    return dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=END, pad_token=END, additional_special_tokens=TAGS,
+                clean_up_tokenization_spaces=False, model_max_length=2048,
+                auto_map={"AutoTokenizer": [None, "transformers.PreTrainedTokenizerFast"]})
 
 
 def name_parts(enc):

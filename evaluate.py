@@ -6,6 +6,7 @@ Evaluation: pass@k over held-out problems, for the right answer and for the righ
     python evaluate.py A.pt B.pt --plot out/eval.png     compare, and draw (needs matplotlib)
     python evaluate.py --curves out/curves.png           how they were trained: losses, rewards, groups of RL
     python evaluate.py A.pt --data rows.jsonl            on rows of a file instead of fresh problems
+    python evaluate.py FOLDER --id-ops 2-10              a Hugging Face folder of a Qwen2, with its own tokenizer
     torchrun --nproc_per_node=8 evaluate.py A.pt         on several GPUs
 
 Three verdicts, each stricter than the one before (verify.py): outcome, the answer is right; verified, every step the
@@ -17,6 +18,7 @@ ops that are surely hard, and surely possible, for it: the interval of verified 
 begins above .05. [low high] is a 95 % interval over problems: it says nothing of other seeds of training. "no reasoning" is
 the outcome without any: the most frequent answer for every problem or, if that is better, the last number of the problem. Signs,
 such as "sharpening only", are what the intervals allow to say about a checkpoint and the one that it was made from (see `signs`).
+A folder that is not of ours ends its texts at its end tokens and at </answer>, behind which nothing is read.
 """
 import argparse
 import collections
@@ -25,9 +27,11 @@ import json
 import math
 import os
 import re
+from functools import partial
+from typing import Callable, NamedTuple, Optional
 
-from model import (add_world_options, at_least, check_outputs, choose_device, gather, n_ranks, one_line_errors, progress_bar,
-                   rank, read_trained, run_script, sample, say, set_up, take_world)
+from model import (add_world_options, at_least, check_outputs, check_trained, choose_device, gather, n_ranks, one_line_errors,
+                   progress_bar, rank, read_hf, read_trained, run_script, sample, say, set_up, take_world)
 from verify import explain, interval, parse, verify, write_whole
 import data
 import numpy as np
@@ -53,13 +57,33 @@ def pass_at_k(n, c, k):
     return 1 - miss
 
 
-def estimates(ks, values, **bounds):
-    """{"pass@1": mean, "pass@1 interval": [low, high], ...}; values: k -> a value for each problem. bounds: see `interval`."""
+def estimates(ks, values, parts=(), **bounds):
+    """{"pass@1": mean, "pass@1 interval": [low, high], ...}; values: k -> a value for each problem. bounds: see `interval`.
+
+    parts: [(weight, numbers of problems)], see `in_parts`. Then it is the weighted mean over them. The distances to the ends of
+    their intervals, weighted, add up as squares, since the parts have no problem in common.
+    """
     out = {}
     for k in ks:
-        of_k = values(k)
-        out |= {f"pass@{k}": float(np.mean(of_k)), f"pass@{k} interval": interval(of_k, **bounds).tolist()}
+        of_k = np.asarray(values(k), float)
+        mean, (low, high) = of_k.mean(), interval(of_k, **bounds)
+        if parts:
+            ends = [(weight, of_k[part].mean(), *interval(of_k[part], **bounds)) for weight, part in parts]
+            mean = sum(weight * m for weight, m, _, _ in ends)
+            low = mean - math.sqrt(sum((weight * (m - below)) ** 2 for weight, m, below, _ in ends))
+            high = mean + math.sqrt(sum((weight * (above - m)) ** 2 for weight, m, _, above in ends))
+        out |= {f"pass@{k}": float(mean), f"pass@{k} interval": [float(low), float(high)]}
     return out
+
+
+def in_parts(records, weights):
+    """[(weight, numbers of the records)]: the ops of ID, in as many parts as there are weights, from easy to hard; as in
+    arXiv 2512.07783, where op 2-4, 5-7, 8-10 have .2, .3, .5. Empty without weights and if it is one op, or not of ID."""
+    ops = sorted({r["op"] for r in records if r["group"] == "ID"})
+    if not weights or len(ops) < len(weights) or not all(r["group"] == "ID" for r in records):
+        return []
+    parts = np.array_split(ops, len(weights))
+    return [(weight, [i for i, r in enumerate(records) if r["op"] in part]) for weight, part in zip(weights, parts)]
 
 
 def group_of(op, id_ops):
@@ -80,13 +104,24 @@ def integers(text):
     return sorted({at_least(1)(k) for k in text.split(",")})
 
 
+def shares(text):
+    """An argparse type: 0.2,0.3,0.5, which add up to 1."""
+    found = [at_least(0.0)(share) for share in text.split(",")]
+    if not math.isclose(sum(found), 1, abs_tol=1e-6):
+        raise argparse.ArgumentTypeError(f"must add up to 1, got {text}")
+    return found
+
+
 def arguments():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 usage="%(prog)s [CKPT ...] [options]    (--help lists them)")
     p.add_argument("checkpoints", nargs="*", metavar="CKPT", help=f"default: those of {', '.join(CHAIN)} that exist")
     p.add_argument("--ops", help="op range (default: 2 to twice the largest op of pre-training)")
     p.add_argument("--context", choices=[*data.CONTEXTS, "all"], help="of the problems (default: that of the first checkpoint)")
+    p.add_argument("--id-ops", help="what a folder of another project was pre-trained on, e.g. 2-10 (in all contexts)")
     p.add_argument("--data", help="take the problems from this JSONL file of rows")
+    p.add_argument("--strict-rows", action="store_true", help="refuse, not leave out, rows of --data that are not forward")
+    p.add_argument("--weights", type=shares, help="shares of easy, ..., hard ops in means of ID, e.g. 0.2,0.3,0.5")
     p.add_argument("--n", type=at_least(1), help="samples per problem (default 128, on a CPU 16)")
     p.add_argument("--k", type=integers, help="k of pass@k (default 1,8,128, on a CPU 1,4,16)")
     p.add_argument("--problems", type=at_least(1), help="problems per op (default 200, on a CPU 100)")
@@ -97,7 +132,8 @@ def arguments():
     p.add_argument("--plot", metavar="PNG", help="draw pass@k over op, and over k (needs matplotlib)")
     p.add_argument("--curves", metavar="PNG", help="draw the metrics beside the checkpoints, and evaluate nothing")
     p.add_argument("--show", type=at_least(0), default=0, metavar="N", help="print N sampled solutions beside the gold ones")
-    p.add_argument("--samples", metavar="JSONL", help="write every sample with its problem and verdicts (1.5 KB each)")
+    p.add_argument("--samples", metavar="JSONL", help="write every sample with its problem and verdicts (2 KB each)")
+    p.add_argument("--loss", action="store_true", help="also the loss of the gold solutions, in nats a token")
     p.add_argument("--rows", type=at_least(1), help="samples that run at a time, at most (default 6144, on a CPU 512)")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     p.set_defaults(dtype=None, compile=False)
@@ -127,14 +163,69 @@ def arguments():
                 path = metrics_of(next(path for path, rows in args.runs.items() if not rows))
                 raise ValueError(f"there are no metrics of a stage in {path}")
             return args
-        args.loaded = [(path, *read_trained(path, data.VOCABULARY)) for path in args.checkpoints]
+        args.loaded = [(path, *read(path, args.id_ops)) for path in args.checkpoints]
         args.id_ops = args.loaded[0][1]["id_ops"]
         args.id_ranges = data.seen_ops(args.loaded[0][1])
         take_world(args, args.loaded[0][1]["recipe"], data.World())
         args.context = args.context or ("all" if len(args.id_ranges) == len(data.CONTEXTS) else ",".join(args.id_ranges))
         args.problem_rows = problems_of(args)
+        for path, _, _, reader in args.loaded:
+            check_prompts(path, reader, args.problem_rows)
+        ops = [op for op in args.problem_rows if "ID" in {group_of(op, id_ops) for id_ops in args.id_ranges.values()}]
+        if args.weights and len(ops) < len(args.weights):
+            raise ValueError(f"--weights has {len(args.weights)} shares, but ID has {len(ops)} ops here")
         check_outputs(args.json, *filter(None, [args.plot, args.samples]), inputs=inputs)
     return args
+
+
+class Reader(NamedTuple):
+    """How a model reads and writes."""
+    encode: Callable            # text -> tokens
+    decode: Callable            # tokens -> text
+    stops: list                 # tokens that end a text
+    vocab_size: int
+    positions: Optional[int]    # the longest text that it was made for, in tokens; None: any
+    foreign: bool = False       # what it writes behind </answer> is cut off
+
+
+def read(path, id_ops):
+    """A checkpoint or a Hugging Face folder -> (checkpoint, model, Reader). Raises ValueError with a line for the user."""
+    if not os.path.isdir(path):
+        checkpoint, model = read_trained(path, data.VOCABULARY)
+        enc = data.tokenizer()
+        return checkpoint, model, Reader(partial(data.encode, enc), partial(data.decode, enc),
+                                         [enc.encode_single_token(data.END)], model.config.vocab_size, None)
+    folder = read_hf(path)
+    known, after_answer = folder.tokenizer.get_vocab_size(), folder.tokenizer.token_to_id("</answer>")
+
+    def encode(text):
+        return folder.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(ids):
+        return folder.tokenizer.decode([i for i in ids if i < known], skip_special_tokens=False)
+
+    if folder.ours:
+        check_trained(folder.ours, path, data.VOCABULARY)
+        return folder.ours, folder.model, Reader(encode, decode, folder.ends, folder.model.config.vocab_size, folder.positions)
+    if id_ops is None:
+        raise ValueError(f"{path} does not say what it was pre-trained on: give --id-ops, for instance --id-ops 2-10")
+    ops, stops = data.parse_ops(id_ops), [*folder.ends, *[after_answer] * (after_answer is not None)]
+    if not stops:
+        raise ValueError(f"{path} has no end of text: neither an eos_token_id nor a token </answer>")
+    id_ops = [ops[0], ops[-1]]
+    checkpoint = dict(stage="another's", id_ops=id_ops, id_ranges=dict.fromkeys(data.CONTEXTS, id_ops), recipe={})
+    return checkpoint, folder.model, Reader(encode, decode, stops, folder.model.config.vocab_size, folder.positions, True)
+
+
+def check_prompts(path, reader, problem_rows):
+    """Raises ValueError with a line for the user if the model cannot read a prompt."""
+    for op, rows in problem_rows.items() if reader.positions else ():
+        for ids in map(reader.encode, map(data.prompt_text, rows)):
+            if len(ids) >= reader.positions:
+                raise ValueError(f"{path} reads at most {reader.positions} tokens, but a prompt of op {op} has {len(ids)}: "
+                                 "lower --ops")
+            if max(ids) >= reader.vocab_size:
+                raise ValueError(f"{path}: its tokenizer makes token {max(ids)}, but the model has {reader.vocab_size}")
 
 
 def problems_of(args):
@@ -146,7 +237,7 @@ def problems_of(args):
         # each op has numbers i of its own: the same i would mean the same context and number of distractors at every op
         return {op: [data.make_row(op * 10 ** 6 + i, mixtures[op], args.seed, "eval", world) for i in range(args.problems)]
                 for op in ops}
-    rows = [r for r in data.read_rows(args.data)
+    rows = [r for r in data.forward_rows(args.data, args.strict_rows)
             if args.context == "all" or data.TEMPLATE_TO_CONTEXT.get(r["template"], r["template"]) in args.context.split(",")]
     for n, row in enumerate(rows, 1):
         try:
@@ -156,34 +247,42 @@ def problems_of(args):
     ops = {r["op"] for r in rows} & set(data.parse_ops(args.ops)) if args.ops else {r["op"] for r in rows}
     if not ops:
         raise ValueError(f"{args.data} has no rows with op {args.ops or 'of any size'}, context {args.context}")
-    return {op: [r for r in rows if r["op"] == op][:args.problems] for op in sorted(ops)}
+    problem_rows = {op: [r for r in rows if r["op"] == op][:args.problems] for op in sorted(ops)}
+    few = [f"op {op} {len(of_op)}" for op, of_op in problem_rows.items() if len(of_op) < args.problems]
+    if few:
+        say(f"{args.data} has fewer than --problems {args.problems} rows: {', '.join(few)}")
+    return problem_rows
 
 
-def evaluate(model, problem_rows, args, device, precision, progress=None):
+def evaluate(model, reader, problem_rows, args, device, precision, progress=None):
     """Sample n solutions for every problem and verify them.
 
     Returns a list of records, one for each problem of this rank: op, i (its number among those of its op), context, group,
     distractors (how many), answer, last_is_answer (whether the last number of the problem is the answer), right ({verdict: how
     many of n}), errors ({name of an error: in how many samples}), hacked (right answer, wrong process), truncated, named (in how
     many samples a needed quantity is defined at all), the row, the text of the first sample and, with --samples, all texts with
-    their verdicts.
+    their verdicts; with --loss, the mean loss of the gold solution, in nats a token.
     """
-    enc, buffers, records = data.tokenizer(), {}, []
-    stop = enc.encode_single_token(data.END)
+    buffers, records = {}, []
     generator = torch.Generator(device).manual_seed(args.seed + rank())
     for op, rows in problem_rows.items():
         rows = rows[rank()::n_ranks()]
         if not rows:
             continue
-        encoded = [data.encode_row(enc, row) for row in rows]
-        longest = max(len(ids) - n_prompt for ids, n_prompt in encoded)
+        prompts = [reader.encode(data.prompt_text(row)) for row in rows]
+        solutions = [reader.encode(data.response_text(row).removesuffix(data.END)) + reader.stops[:1] for row in rows]
+        max_new = max(map(len, solutions)) * 3 // 2 + 16
+        if reader.positions:
+            max_new = min(max_new, reader.positions - max(map(len, prompts)))
         with precision:
-            tokens, _ = sample(model, [ids[:n_prompt] for ids, n_prompt in encoded], stop, args.n,
-                               max_new=longest * 3 // 2 + 16, temperature=args.temperature, generator=generator,
-                               rows=args.rows, progress=progress, buffers=buffers)
+            tokens, _ = sample(model, prompts, reader.stops, args.n, max_new=max_new, temperature=args.temperature,
+                               generator=generator, rows=args.rows, progress=progress, buffers=buffers)
+            losses = losses_of(model, prompts, solutions, device) if args.loss else [None] * len(rows)
         for j, row in enumerate(rows):
             mine = tokens[j * args.n:(j + 1) * args.n]
-            texts = [data.decode(enc, ids) for ids in mine]
+            texts = [reader.decode(ids) for ids in mine]
+            if reader.foreign:
+                texts = ["".join(text.partition("</answer>")[:2]) for text in texts]
             verdicts, names = [verify(row["solution"], text) for text in texts], parse(row["solution"]).nodes
             errors = collections.Counter(name for v in verdicts for name in {e.split(":")[0] for e in v["errors"]})
             needed = row["solution"].count("Define ") - row["solution"].count("Define total ")
@@ -195,9 +294,24 @@ def evaluate(model, problem_rows, args, device, precision, progress=None):
                 right={name: sum(verdict[name] for verdict in verdicts) for name in VERDICTS},
                 hacked=sum(v["outcome"] and not v["verified"] for v in verdicts),
                 named=sum(any(f"Define {name} as " in text for name in names) for text in texts),
-                truncated=sum(stop not in ids for ids in mine), row=row, text=texts[0],
+                truncated=sum(not {*reader.stops} & {*ids} for ids in mine), row=row, text=texts[0], loss=losses[j],
                 samples=[*zip(texts, verdicts)] if args.samples else []))
     return records
+
+
+@torch.no_grad()
+def losses_of(model, prompts, solutions, device, batch=64):
+    """The mean loss of each solution after its prompt, lists of tokens, in nats a token."""
+    losses = []
+    for first in range(0, len(prompts), batch):
+        pairs = [*zip(prompts[first:first + batch], solutions[first:first + batch])]
+        T = max(len(prompt) + len(solution) for prompt, solution in pairs) - 1
+        x = torch.tensor([[*prompt, *solution[:-1]] + [0] * (T + 1 - len(prompt) - len(solution)) for prompt, solution in pairs])
+        where = [i * T + len(prompt) - 1 + t for i, (prompt, solution) in enumerate(pairs) for t in range(len(solution))]
+        targets = [token for _, solution in pairs for token in solution]
+        logprobs, _ = model.logprobs(x.to(device), torch.tensor(where, device=device), torch.tensor(targets, device=device))
+        losses += [-float(part.mean()) for part in logprobs.split([len(solution) for _, solution in pairs])]
+    return losses
 
 
 def summarize(records, args):
@@ -207,7 +321,9 @@ def summarize(records, args):
         named = [r["named"] / args.n for r in chosen]
         errors, samples = sum((r["errors"] for r in chosen), collections.Counter()), len(chosen) * args.n
         (_, most_frequent), = collections.Counter(r["answer"] for r in chosen).most_common(1)
-        return {v: estimates(args.k, lambda k: pass_at_k(args.n, right[v], k)) for v in VERDICTS} | dict(
+        loss = dict(loss=float(np.mean([r["loss"] for r in chosen]))) if args.loss else {}
+        parts = in_parts(chosen, args.weights)
+        return {v: estimates(args.k, lambda k: pass_at_k(args.n, right[v], k), parts) for v in VERDICTS} | loss | dict(
             baseline=max(most_frequent, sum(r["last_is_answer"] for r in chosen)) / len(chosen),
             named=float(np.mean(named)), **{"named interval": interval(named).tolist()},
             hacked=sum(r["hacked"] for r in chosen) / max(1, sum(right["outcome"])),
@@ -235,7 +351,8 @@ def summarize(records, args):
 def by_problem(records):
     """The counts behind the numbers, for who wants to group them anew: lists with an entry for each problem, the same problems for
     every checkpoint. Its op and context, and how many of its n samples are right by each verdict, hacked, cut off, named."""
-    return {name: [r[name] for r in records] for name in ("op", "context", "hacked", "truncated", "named")} | {
+    names = ("op", "context", "hacked", "truncated", "named", *["loss"] * (records[0]["loss"] is not None))
+    return {name: [r[name] for r in records] for name in names} | {
         verdict: [r["right"][verdict] for r in records] for verdict in VERDICTS}
 
 
@@ -250,7 +367,8 @@ def differences(records, others, args):
         mine, theirs = ([r for r in rs if r["group"] == name] for rs in (records, others))
         right, theirs_right = ([r["right"]["verified"] for r in rs] for rs in (mine, theirs))
         hacked = np.subtract(*[[r["hacked"] / args.n for r in rs] for rs in (mine, theirs)])
-        out[name] = estimates(args.k, lambda k: pass_at_k(args.n, right, k) - pass_at_k(args.n, theirs_right, k), low=-1) | {
+        out[name] = estimates(args.k, lambda k: pass_at_k(args.n, right, k) - pass_at_k(args.n, theirs_right, k),
+                              in_parts(mine, args.weights), low=-1) | {
             "hacked": float(hacked.mean()), "hacked interval": interval(hacked, low=-1).tolist()}
     return out
 
@@ -295,15 +413,15 @@ def signs(result, ks, changes=None, metrics=()):
 
 def made_from(checkpoint, loaded):
     """The path of that of the loaded checkpoints which this one was made from, or else of the first, unless this is the first."""
-    run, (first, its_checkpoint, _) = checkpoint["recipe"].get("init_run"), loaded[0]
-    found = [path for path, other, _ in loaded if run and other.get("run") == run]
+    run, (first, its_checkpoint, *_) = checkpoint["recipe"].get("init_run"), loaded[0]
+    found = [path for path, other, *_ in loaded if run and other.get("run") == run]
     return found[0] if found else None if checkpoint is its_checkpoint else first
 
 
 def another_init(checkpoint, loaded):
     """The path of that of the loaded checkpoints which lies where this one was made from, but is of another run; else None."""
     init, run = (checkpoint["recipe"].get(name) for name in ("init", "init_run"))
-    return next((path for path, other, _ in loaded if init and run and os.path.realpath(path) == os.path.realpath(init)
+    return next((path for path, other, *_ in loaded if init and run and os.path.realpath(path) == os.path.realpath(init)
                  and other.get("run", init) != run), None)
 
 
@@ -322,11 +440,11 @@ def table(results, args):
         return f"{title:<10}" + "".join(f"{c:>20}" for c in cells)
 
     if len(results) == 1:
-        columns = [("verified", k) for k in ks] + [("strict", ks[0]), ("outcome", ks[0])]
-        lines = [line("", [verdict for verdict, _ in columns] + ["no reasoning"]), line("", [k for _, k in columns])]
+        columns, loss = [("verified", k) for k in ks] + [("strict", ks[0]), ("outcome", ks[0])], ["loss"] * args.loss
+        lines = [line("", [verdict for verdict, _ in columns] + ["no reasoning", *loss]), line("", [k for _, k in columns])]
         for section, title in (("ops", "op "), ("groups", "")):
-            lines += ["", *(line(title + key, [cell(v[verdict], k) for verdict, k in columns] + [short(v["baseline"])])
-                            for key, v in some[section].items())]
+            lines += ["", *(line(title + key, [cell(v[verdict], k) for verdict, k in columns] + [short(v["baseline"])]
+                                 + [short(v[name]) for name in loss]) for key, v in some[section].items())]
         return "\n".join(lines)
     ks = list(dict.fromkeys((ks[0], ks[-1])))
     width = 20 * len(ks)
@@ -336,6 +454,10 @@ def table(results, args):
                                     ("outcome", "groups", "")):
         lines += ["", verdict + f" (no reasoning: {no_reasoning})" * (verdict == "outcome")]
         lines += [line(title + key, [cell(r[section][key][verdict], k) for r in results.values() for k in ks])
+                  for key in some[section]]
+    for section, title in (("ops", "op "), ("groups", "")) if args.loss else ():
+        lines += ["", "loss of the gold solutions, nats a token"]
+        lines += [line(title + key, [short(r[section][key]["loss"]) if k == ks[0] else "" for r in results.values() for k in ks])
                   for key in some[section]]
     for key, title in (("against_first", "the first"), ("against_previous", "the one before")):
         if any(key in r for r in results.values()):
@@ -385,10 +507,10 @@ def show(all_records, count):
 
 
 def write_samples(path, all_records):
-    """A line of JSON a sample."""
+    """A line of JSON a sample. gen_solution_answer, op, id, __idx and template are what the scorer of arXiv 2512.07783 reads."""
     lines = [json.dumps(dict(checkpoint=checkpoint, op=r["op"], context=r["context"], group=r["group"], id=r["row"].get("id"),
-                             template=r["row"]["template"], sample=j, problem=r["row"]["problem"], question=r["row"]["question"],
-                             solution=r["row"]["solution"], response=text, **verdict))
+                             __idx=r["i"], template=r["row"]["template"], sample_rank=j, problem=r["row"]["problem"],
+                             question=r["row"]["question"], solution=r["row"]["solution"], gen_solution_answer=text, **verdict))
              for checkpoint, records in all_records.items() for r in records for j, (text, verdict) in enumerate(r["samples"])]
     write_whole(path, "\n".join(lines) + "\n")
 
@@ -402,11 +524,13 @@ def pyplot():
 
 def plot(results, args):
     """Draw verified pass@(smallest k) and pass@(largest k) over op, and pass@k over k for each group: with "sharpening only" a
-    curve over k turns, with "ability added" it moves up as a whole. Bands are intervals over problems, over op those of pass@(smallest k)."""
+    curve over k turns, with "ability added" it moves up as a whole. Bands are intervals over problems (over op, those of the
+    smallest k)."""
     plt, ks = pyplot(), [f"pass@{k}" for k in args.k]
     groups = [*next(iter(results.values()))["groups"]] if ks[1:] else []
-    figure, axes = plt.subplot_mosaic([["op"] * len(groups), groups] if groups else [["op"]], figsize=(9, 7 if groups else 4),
-                                      height_ratios=(4, 3) if groups else None, layout="constrained")
+    width, rows = max(1, len(groups)), ["op", *["loss"] * args.loss, *["k"] * bool(groups)]
+    figure, axes = plt.subplot_mosaic([groups if row == "k" else [row] * width for row in rows], layout="constrained",
+                                      figsize=(9, 1 + 3 * len(rows)), height_ratios=[4 if row == "op" else 3 for row in rows])
     free = iter(MORE_COLORS * len(results))
     colors = {}  # of a stage the first checkpoint has its color
     for path, result in results.items():
@@ -428,6 +552,10 @@ def plot(results, args):
         draw(axes["op"], ops, numbers, [ks[0]] * len(ops), color=color, marker="o", label=path.removesuffix(".pt"))
         if ks[1:]:
             draw(axes["op"], ops, numbers, [ks[-1]] * len(ops), color=color, marker="s", linestyle="--", band=False)
+        if args.loss:
+            losses = [v["loss"] for v in result["ops"].values()]
+            axes["loss"].plot(ops, losses, color=color, marker="o", markersize=4, linewidth=1.6)
+            axes["loss"].set(xlabel="op", ylabel="loss, nats a token", xlim=(ops[0] - 0.5, ops[-1] + 0.5), xticks=ops)
         for group in groups:
             draw(axes[group], args.k, [result["groups"][group]["verified"]] * len(ks), ks, color=color, marker="o")
     ranges = [args.id_ranges.get(context) for context in result["contexts"]]
@@ -542,7 +670,7 @@ def main():
         f"{max(args.problem_rows)}, {args.n} samples each at temperature {args.temperature:g}, mean of {args.distractors:g} "
         f"distractors, at most {args.max_parents} parents, values to {args.max_value}, on {args.device}")
     results, all_records = {}, {}
-    for path, checkpoint, model in args.loaded:
+    for path, checkpoint, model, reader in args.loaded:
         done = []
 
         def progress(finished):
@@ -550,7 +678,7 @@ def main():
             show_progress(len(done) * n_ranks() / (n_problems * args.n), path)
 
         with progress_bar() as show_progress:
-            records = evaluate(model.to(device), args.problem_rows, args, device, precision, progress)
+            records = evaluate(model.to(device), reader, args.problem_rows, args, device, precision, progress)
         records = sorted(gather(records), key=lambda r: (r["op"], r["i"]))
         results[path] = summarize(records, args) | {name: checkpoint.get(name) for name in ("stage", "step", "problems", "run")}
         results[path]["init_of_another_run"] = another_init(checkpoint, args.loaded)
@@ -559,7 +687,7 @@ def main():
         if len(all_records) > 1:
             results[path]["against_previous"] = differences(records, [*all_records.values()][-1], args)
         all_records[path] = records
-    for path, checkpoint, _ in args.loaded:  # at the end, because they may be named in any order
+    for path, checkpoint, *_ in args.loaded:  # at the end, because they may be named in any order
         before = made_from(checkpoint, args.loaded)
         if before:
             results[path] |= dict(init_here=before, against_init=differences(all_records[path], all_records[before], args))
@@ -567,7 +695,7 @@ def main():
         return
 
     settings = {name: getattr(args, name) for name in ("n", "k", "problems", "temperature", "distractors", "max_parents",
-                                                       "max_value", "seed", "context", "data", "id_ops", "id_ranges")}
+                                                       "max_value", "seed", "context", "data", "id_ops", "id_ranges", "weights")}
     text = json.dumps({"checkpoints": results, "settings": settings}, indent=1).removesuffix("\n}")
     samples = json.dumps({path: by_problem(records) for path, records in all_records.items()})  # long, so on a line
     try:  # first, since whoever reads what is printed may go away

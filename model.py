@@ -28,6 +28,7 @@ from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import asdict, dataclass
 from multiprocessing import parent_process
+from typing import NamedTuple, Optional
 
 # A thread that waits for others soon sleeps. By default it spins for long, and beside other processes the threads starve one
 # another. OpenMP reads this when torch is imported, so scripts import model.py before torch. A value of the user's own stays.
@@ -504,8 +505,8 @@ class Decoder:
 def sample(model, prompts, stop, n=1, max_new=256, temperature=1.0, generator=None, rows=1024, progress=None, buffers=None):
     """Continue each prompt n times, until the token `stop` or for `max_new` tokens (at least 1).
 
-    prompts: lists of token ids, none empty. temperature: 0 takes the most likely token. generator: a torch.Generator on the
-    model's device. rows: how many rows run at a time, at most. progress: a function that is called after each such batch with
+    prompts: lists of token ids, none empty. stop: a token, or a list of tokens of which any ends a row. temperature: 0 takes the
+    most likely token. generator: a torch.Generator on the model's device. rows: how many rows run at a time, at most. progress: a function that is called after each such batch with
     [(index of the row, its tokens)]. buffers: a dict, {} at first, that keeps CUDA graphs and their memory for later calls
     with models of the same sizes and precision. On a CPU it stays empty.
 
@@ -530,13 +531,18 @@ def _sample_batch(model, prompts, stop, n, max_new, temperature, generator, buff
     """`sample` for rows that run at the same time: [(tokens, log-probabilities)], n rows a prompt."""
     device = model.embed_tokens.weight.device
     decoder = (GraphDecoder if device.type == "cuda" else Decoder)(model, prompts, n, temperature, generator, buffers)
-    out_tokens = torch.full((len(decoder.row), max_new), stop, device=device)
+    stops = [stop] if isinstance(stop, int) else stop
+    out_tokens = torch.full((len(decoder.row), max_new), stops[0], device=device)
+
+    def no_stop(tokens):
+        return torch.stack([tokens != stop for stop in stops]).all(0)
+
     out_logprobs = torch.zeros(len(decoder.row), max_new, device=device)
     with torch.autocast(device.type, enabled=False):  # the decoder chooses its precisions itself
         for t in range(max_new):
             check = t % decoder.check_every == 0  # whether rows have ended: seldom, since this waits for the device
             if t > 0 and check:
-                alive = (out_tokens[decoder.row, :t] != stop).all(1)
+                alive = no_stop(out_tokens[decoder.row, :t]).all(1)
                 if not alive.any():
                     break
                 decoder.drop_ended(alive.view(-1, decoder.n))
@@ -546,7 +552,7 @@ def _sample_batch(model, prompts, stop, n, max_new, temperature, generator, buff
                 uniform = torch.rand(decoder.check_every, len(decoder.row), generator=generator, device=device)
             out_tokens[decoder.row, t], out_logprobs[decoder.row, t] = decoder.token, decoder.logprob
     # a row that has ended writes on until it is dropped
-    lengths = ((out_tokens != stop).cumprod(1).sum(1) + 1).clamp_max(max_new).tolist()
+    lengths = (no_stop(out_tokens).cumprod(1).sum(1) + 1).clamp_max(max_new).tolist()
     return [(ids[:length].tolist(), scores[:length])
             for ids, scores, length in zip(out_tokens.cpu().numpy(), out_logprobs.cpu(), lengths)]
 
@@ -642,47 +648,165 @@ def build_model(checkpoint, path="the checkpoint"):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# to and from Hugging Face's Qwen2
+# to and from Hugging Face folders of a Qwen2: config.json, generation_config.json, model.safetensors, tokenizer.json, ...
+
+OURS = "nano_interplay.json"  # of a folder of ours: what else a checkpoint holds, so that a folder can be one again
 
 
-def to_hf(model):
-    """-> (keyword arguments of transformers.Qwen2Config, state dict of Qwen2ForCausalLM). Names gain "model."."""
+def to_hf(model, end=None):
+    """-> (keyword arguments of transformers.Qwen2Config, state dict of Qwen2ForCausalLM). Names gain "model.".
+
+    end: the token that ends a text."""
     c = model.config
     config = dict(vocab_size=c.vocab_size, hidden_size=c.width, intermediate_size=c.mlp, num_hidden_layers=c.n_layers,
                   num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, rms_norm_eps=c.eps,
                   rope_theta=c.rope_theta, initializer_range=c.init_std, tie_word_embeddings=True,
-                  max_position_embeddings=2048, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+                  max_position_embeddings=2048, bos_token_id=None, eos_token_id=end, pad_token_id=end)
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     return config, state | {"lm_head.weight": model.embed_tokens.weight}
 
 
-def from_hf(config, state):
-    """A model from a transformers.Qwen2Config (tied embeddings) and the state dict of its Qwen2ForCausalLM."""
-    theta = getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"]
-    model = Transformer(Config(n_layers=config.num_hidden_layers, width=config.hidden_size,
-                               n_heads=config.num_attention_heads, n_kv_heads=config.num_key_value_heads,
-                               mlp=config.intermediate_size, vocab_size=config.vocab_size, rope_theta=theta,
-                               eps=config.rms_norm_eps, init_std=config.initializer_range))
-    model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k != "lm_head.weight"})
-    return model
+def from_hf(config, state, path="the folder"):
+    """A model from config.json of a Qwen2 with tied embeddings, a dict, and the state dict of its Qwen2ForCausalLM.
+
+    Raises ValueError with a line for the user."""
+    rope, heads = config.get("rope_parameters") or config.get("rope_scaling") or {}, config.get("num_attention_heads")
+    for name, value, ours in (
+            ("model_type", config.get("model_type"), "qwen2"), ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+            ("tie_word_embeddings", config.get("tie_word_embeddings", False), True),
+            ("use_sliding_window", bool(config.get("use_sliding_window")), False),
+            ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default")):
+        if value != ours:
+            raise ValueError(f"{path}: {name} is {value}, but only Qwen2 with {name} {ours} can be read")
+    if config.get("head_dim", config["hidden_size"] // heads) != config["hidden_size"] // heads:
+        raise ValueError(f"{path}: head_dim is not hidden_size / num_attention_heads")
+    config = Config(n_layers=config["num_hidden_layers"], width=config["hidden_size"], n_heads=heads,
+                    n_kv_heads=config.get("num_key_value_heads", heads), mlp=config["intermediate_size"],
+                    vocab_size=config["vocab_size"], rope_theta=rope.get("rope_theta", config.get("rope_theta", 1e4)),
+                    eps=config.get("rms_norm_eps", 1e-6), init_std=config.get("initializer_range", 0.02))
+    state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    head = state.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, state.get("embed_tokens.weight", head[:0])):
+        raise ValueError(f"{path}: the output head is not the embedding, though tie_word_embeddings says so")
+    return build_model(dict(config=asdict(config), model=state), path)
+
+
+class Folder(NamedTuple):
+    """A Hugging Face folder that was read."""
+    model: Transformer
+    tokenizer: object        # a tokenizers.Tokenizer
+    ends: list               # tokens that end a text
+    positions: int           # the longest text that the model was made for, in tokens
+    ours: Optional[dict]     # of a folder of ours: the checkpoint but for weights and optimizer
+
+
+def read_hf(folder):
+    """Read a Hugging Face folder, ours or another's. Nothing in it is executed. Raises ValueError with a line for the user."""
+    if not (importlib.util.find_spec("safetensors") and importlib.util.find_spec("tokenizers")):
+        raise ValueError(f"to read the folder {folder}, install transformers: pip install transformers")
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+
+    def read_json(name):
+        try:
+            with open(os.path.join(folder, name), encoding="utf-8") as f:
+                found = json.load(f)
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(f"{folder}/{name} is not a JSON object")
+        return found
+
+    config, index = read_json("config.json"), read_json("model.safetensors.index.json")
+    generation, ours = read_json("generation_config.json"), read_json(OURS)
+    for name in "config.json", "tokenizer.json":
+        if not os.path.isfile(os.path.join(folder, name)):
+            raise ValueError(f"{folder} has no {name}: it is not a Hugging Face folder of a model with its tokenizer")
+    try:
+        state, files = {}, sorted(set(index.get("weight_map", {"": "model.safetensors"}).values()))
+        for name in files:
+            if os.path.basename(name) != name or not os.path.isfile(os.path.join(folder, name)):
+                raise ValueError(f"{folder} has no {name}")
+            state |= load_file(os.path.join(folder, name))
+        model = from_hf(config, state, folder)
+        tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+        ends = generation.get("eos_token_id", config.get("eos_token_id"))
+        ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
+        positions = config.get("max_position_embeddings", 2 ** 31)
+        if not all(type(n) is int for n in (*ends, positions)):
+            raise TypeError
+    except SafetensorError:
+        raise ValueError(f"{folder}: the weights are cut off, or are no safetensors") from None
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError):
+        raise ValueError(f"{folder}/config.json does not describe a Qwen2") from None
+    except ValueError:
+        raise
+    except Exception:  # tokenizers raises plain ones
+        raise ValueError(f"{folder}/tokenizer.json cannot be read") from None
+    return Folder(model, tokenizer, ends, positions, ours or None)
+
+
+CARD = """---
+license: mit
+library_name: transformers
+---
+A Qwen2 of {params:.2f}M parameters, trained by nano-interplay (a re-implementation of arXiv 2512.07783): stage {stage},
+step {step}, {problems} problems, op {low} to {high} in pre-training.
+
+The prompt is `<question> PROBLEM QUESTION </question> <solution>`, see data.py. Recipe:
+
+```json
+{recipe}
+```
+"""
+
+
+def write_hf(checkpoint, folder, path="the checkpoint"):
+    """Write a checkpoint of a stage as a Hugging Face folder. Raises ValueError, OSError."""
+    import data  # here alone: for the tokens
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    model, end = build_model(checkpoint, path), data.tokenizer().encode_single_token(data.END)
+    config, state = to_hf(model, end)
+    theirs = Qwen2ForCausalLM(Qwen2Config(**config))
+    theirs.load_state_dict(state)
+    theirs.save_pretrained(folder)
+    ours = {name: checkpoint[name] for name in "stage config id_ops id_ranges recipe run step problems tokens".split()}
+    card = CARD.format(params=model.n_params() / 1e6, stage=ours["stage"], step=ours["step"], problems=ours["problems"],
+                       low=ours["id_ops"][0], high=ours["id_ops"][1], recipe=json.dumps(ours["recipe"], indent=1))
+    for name, content in {"tokenizer.json": data.hf_tokenizer(), "tokenizer_config.json": data.hf_tokenizer_config(), OURS: ours,
+                          "README.md": card}.items():
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+            f.write(content if content is card else json.dumps(content, ensure_ascii=False, indent=1))
 
 
 def main():
-    p = argparse.ArgumentParser(description="Write a checkpoint as a folder that transformers reads (AutoModelForCausalLM).")
-    p.add_argument("checkpoint", help="e.g. out/pretrain.pt")
-    p.add_argument("--to-hf", metavar="DIR", required=True, help="folder to write")
+    p = argparse.ArgumentParser(description="Write a checkpoint as a Hugging Face folder, or a folder of ours as a checkpoint.",
+                                usage="%(prog)s CKPT --to-hf DIR | DIR --from-hf CKPT")
+    p.add_argument("source", help="a checkpoint, e.g. out/pretrain.pt, or a folder that --to-hf wrote")
+    way = p.add_mutually_exclusive_group(required=True)
+    way.add_argument("--to-hf", metavar="DIR", help="folder to write, for transformers and vLLM: weights, config, tokenizer, card")
+    way.add_argument("--from-hf", metavar="CKPT", help="checkpoint to write, for evaluate.py and as --init of a stage")
     args = p.parse_args()
-    if not importlib.util.find_spec("transformers"):
-        p.error("this needs transformers: pip install transformers")
-    if os.path.exists(args.to_hf) and not os.path.isdir(args.to_hf):
-        p.error(f"--to-hf {args.to_hf} is there already, and is no folder")
     with one_line_errors(p):
-        config, state = to_hf(build_model(load_checkpoint(args.checkpoint), args.checkpoint))
-        from transformers import Qwen2Config, Qwen2ForCausalLM
-        model = Qwen2ForCausalLM(Qwen2Config(**config))
-        model.load_state_dict(state)
-        model.save_pretrained(args.to_hf)
-    say(f"wrote {args.to_hf}; the tokenizer is data.tokenizer()")
+        if args.from_hf is not None:
+            check_outputs(args.from_hf)
+            folder = read_hf(args.source)
+            if folder.ours is None:
+                raise ValueError(f"{args.source} is no folder of ours, it lacks {OURS}: evaluate.py can score it as it is")
+            checkpoint = folder.ours | dict(model=folder.model.state_dict())
+            build_model(checkpoint, args.source)  # the config may be another
+            save_checkpoint(args.from_hf, checkpoint)
+            say(f"wrote {args.from_hf}")
+        else:
+            if not importlib.util.find_spec("transformers"):
+                raise ValueError("this needs transformers: pip install transformers")
+            if os.path.exists(args.to_hf) and not os.path.isdir(args.to_hf):
+                raise ValueError(f"--to-hf {args.to_hf} is there already, and is no folder")
+            write_hf(load_checkpoint(args.source), args.to_hf, args.source)
+            say(f"wrote {args.to_hf}; AutoModelForCausalLM and AutoTokenizer read it, and evaluate.py")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1143,14 +1267,20 @@ def check_run_files(args, inputs=()):
 def read_trained(path, vocabulary):
     """A checkpoint of a stage and its model. Raises ValueError with a line for the user."""
     checkpoint = load_checkpoint(path)
-    model, recipe, id_ops = build_model(checkpoint, path), checkpoint.get("recipe"), checkpoint.get("id_ops")
+    model = build_model(checkpoint, path)
+    check_trained(checkpoint, path, vocabulary)
+    return checkpoint, model
+
+
+def check_trained(checkpoint, path, vocabulary):
+    """Raises ValueError with a line for the user if it does not say how it was trained, or was trained with other tokens."""
+    recipe, id_ops = checkpoint.get("recipe"), checkpoint.get("id_ops")
     numbers = [checkpoint.get("step"), checkpoint.get("problems"), *(id_ops if isinstance(id_ops, list) else [None])]
     if not (isinstance(recipe, dict) and isinstance(recipe.get("preset"), str) and len(numbers) == 4
             and all(type(n) is int for n in numbers)):
         raise ValueError(f"{path} does not say how it was trained: it is not a whole checkpoint of a stage")
     if recipe.get("vocabulary", vocabulary) != vocabulary:
         raise ValueError(f"{path} was trained with other tokens: data.py has changed since, so train anew")
-    return checkpoint, model
 
 
 def read_start(args, presets, vocabulary):

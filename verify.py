@@ -21,7 +21,10 @@ A response in a file may begin with the prompt of its row, "<question> problem q
 On stdout goes one JSON object: how many responses were scored, how many of them are right by outcome, verified and
 strict, the mean of process, and in how many responses each kind of error occurs:
 
-    {"rows": 1000, "responses": 1000, "outcome": 1000, "process": 1.0, "verified": 1000, "strict": 1000, "errors": {}}
+    {"rows": 1000, "responses": 1000, "left_out": 0, "outcome": 1000, "process": 1.0, "verified": 1000, "strict": 1000, "errors": {}}
+
+Left out are responses to problems of other modes than "normalforward" of the public data, which ask for an unknown in an equation:
+their verdicts in v.jsonl are null.
 """
 import argparse
 import collections
@@ -51,6 +54,7 @@ UNPARSABLE, STRAY = "unparsable step", "stray text"
 CAUSES = {error: {UNPARSABLE, UNDEFINED, UNUSED, RULE} for error in (PARENTS, RULE)} | {VALUE: {UNPARSABLE, ARITHMETIC}}
 
 REWARDS = ("outcome", "process", "mixed", "verified", "strict")
+FORWARD, NOT_FORWARD = "normalforward", "not a forward problem"  # modes of rows; there is no verdict on others than the first
 
 # -----------------------------------------------------------------------------
 # text -> graph
@@ -414,7 +418,7 @@ def read_jsonl(path, field):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig", "surrogatepass"))
             except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
@@ -450,6 +454,7 @@ def main(argv=None):
     parser.add_argument("rows", help="the problems")
     parser.add_argument("--responses", metavar="r.jsonl", help="what to score (default: each row's own solution)")
     parser.add_argument("--out", metavar="v.jsonl", help="where the verdicts go (default: nowhere)")
+    parser.add_argument("--strict-rows", action="store_true", help="refuse, not leave out, rows that are not forward problems")
     args = parser.parse_args(argv)
     try:
         rows = read_jsonl(args.rows, "solution")
@@ -464,8 +469,14 @@ def main(argv=None):
                 raise ValueError(f"--out {args.out}: no file can be written there")
             if out in map(os.path.realpath, inputs):
                 raise ValueError(f"--out {args.out} would replace an input")
+        others = [row.get("mode", FORWARD) != FORWARD for row in rows]
+        if any(others) and (args.strict_rows or all(others[r["row"]] for r in responses)):
+            raise ValueError(f"{args.rows} has {sum(others)} rows that are not forward problems, whose mode is {FORWARD}")
         verdicts = []
         for i, response in ((r["row"], r["response"]) for r in responses):
+            if others[i]:  # of another kind: it has no verdict, and a line of its own in --out all the same
+                verdicts.append({"row": i, **dict.fromkeys(("outcome", "process", "verified", "strict")), "errors": [NOT_FORWARD]})
+                continue
             gold, response = (without_prompt(text, rows[i]) for text in (rows[i]["solution"], response))
             try:
                 verdicts.append({"row": i, **verify(gold, response)})
@@ -475,9 +486,11 @@ def main(argv=None):
             write_whole(out, "".join(json.dumps(v) + "\n" for v in verdicts))
     except (OSError, ValueError) as e:
         parser.error(str(e))
+    left_out = [v for v in verdicts if v["strict"] is None]
+    verdicts = [v for v in verdicts if v["strict"] is not None]
     kinds = collections.Counter(kind for v in verdicts for kind in dict.fromkeys(e.split(":")[0] for e in v["errors"]))
     print(json.dumps({
-        "rows": len(rows), "responses": len(verdicts), "outcome": sum(v["outcome"] for v in verdicts),
+        "rows": len(rows), "responses": len(verdicts), "left_out": len(left_out), "outcome": sum(v["outcome"] for v in verdicts),
         "process": sum(v["process"] for v in verdicts) / len(verdicts),
         "verified": sum(v["verified"] for v in verdicts), "strict": sum(v["strict"] for v in verdicts),
         "errors": dict(kinds.most_common())}))

@@ -111,6 +111,7 @@ def test_groups_of_ops():
 
 ENC = data.tokenizer()
 STOP = ENC.encode_single_token(data.END)
+READER = evaluate.Reader(lambda text: data.encode(ENC, text), lambda ids: data.decode(ENC, ids), [STOP], data.VOCAB_SIZE, None)
 
 
 def right(row):
@@ -159,7 +160,7 @@ PLAN = {
 def known(monkeypatch):
     """Arguments and problems for `evaluate.evaluate`, with `sample` replaced; what it was called with is kept in `calls`."""
     args = types.SimpleNamespace(n=4, k=[1, 2, 4], id_ranges={"zoo": [2, 10], "school": [2, 2]}, device="cpu", seed=0,
-                                 temperature=0.7, rows=8, samples=None)
+                                 temperature=0.7, rows=8, samples=None, weights=None, loss=False)
     # plain enough that dropping the first step loses a step that is needed
     problems = {op: [data.make_row(i, data.parse_mixture(f"zoo:{op}"), 0, "eval", data.World(0))
                      for i in range(3)] for op in PLAN}
@@ -172,7 +173,7 @@ def known(monkeypatch):
     def sample(model, prompts, stop, n, max_new, temperature, generator, rows, progress=None, buffers=None):
         calls.append(types.SimpleNamespace(**locals()))
         tokens = [data.encode(ENC, text) for prompt in prompts for text in answers[ENC.decode(prompt)]]
-        assert stop == STOP and n == 4 and max(map(len, tokens)) <= max_new
+        assert stop == [STOP] and n == 4 and max(map(len, tokens)) <= max_new
         return tokens, [torch.zeros(len(t)) for t in tokens]
 
     monkeypatch.setattr(evaluate, "sample", sample)
@@ -206,7 +207,7 @@ def assert_numbers(numbers, ops):
 
 
 def test_the_report_on_known_answers(known):
-    records = evaluate.evaluate(None, known.problems, known.args, "cpu", nullcontext())
+    records = evaluate.evaluate(None, READER, known.problems, known.args, "cpu", nullcontext())
     assert [r["op"] for r in records] == [op for op in PLAN for _ in range(3)]
     assert [r["right"]["verified"] for r in records] == counts(1, PLAN)
     assert [r["row"] for r in records] == [row for rows in known.problems.values() for row in rows]
@@ -233,7 +234,7 @@ def test_the_report_on_known_answers(known):
 
 def test_the_edge_is_what_is_surely_hard_and_surely_possible(known):
     for ops, edge in ((PLAN, [12, 13]), ([17], None), ([3], None), ([3, 13, 17], [13, 13])):
-        records = evaluate.evaluate(None, {op: known.problems[op] for op in ops}, known.args, "cpu", nullcontext())
+        records = evaluate.evaluate(None, READER, {op: known.problems[op] for op in ops}, known.args, "cpu", nullcontext())
         assert evaluate.summarize(records * 20, known.args)["edge"] == edge
         assert evaluate.summarize(records, known.args)["edge"] is None  # three problems say little
 
@@ -241,7 +242,7 @@ def test_the_edge_is_what_is_surely_hard_and_surely_possible(known):
 def recorded(rows, known, monkeypatch):
     """The summary for rows of op 3 whose solutions are empty."""
     monkeypatch.setattr(evaluate, "sample", lambda model, prompts, *args, **more: ([[STOP]] * 4 * len(prompts), None))
-    return evaluate.summarize(evaluate.evaluate(None, {3: rows}, known.args, "cpu", nullcontext()), known.args)
+    return evaluate.summarize(evaluate.evaluate(None, READER, {3: rows}, known.args, "cpu", nullcontext()), known.args)
 
 
 def test_no_reasoning_is_the_better_of_a_constant_answer_and_the_last_number(known, monkeypatch):
@@ -276,9 +277,9 @@ def test_ranks_share_the_problems_and_draw_differently(known, monkeypatch):
     def of_rank(known, rank, n_ranks):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(n_ranks))
-        return evaluate.evaluate(None, known.problems, known.args, "cpu", nullcontext())
+        return evaluate.evaluate(None, READER, known.problems, known.args, "cpu", nullcontext())
 
-    whole = evaluate.evaluate(None, known.problems, known.args, "cpu", nullcontext())
+    whole = evaluate.evaluate(None, READER, known.problems, known.args, "cpu", nullcontext())
     parts = [of_rank(known, rank, 4) for rank in range(4)]
     assert [len(part) for part in parts] == [4, 4, 4, 0]
 
@@ -294,7 +295,7 @@ def test_ranks_share_the_problems_and_draw_differently(known, monkeypatch):
 def test_distractors_are_counted(known, monkeypatch):
     rows = [data.make_row(i, data.parse_mixture("school:3"), 0, "eval", data.World(4)) for i in range(20)]
     monkeypatch.setattr(evaluate, "sample", lambda model, prompts, *args, **more: ([[STOP]] * 4 * len(prompts), None))
-    records = evaluate.evaluate(None, {3: rows}, known.args, "cpu", nullcontext())
+    records = evaluate.evaluate(None, READER, {3: rows}, known.args, "cpu", nullcontext())
     for record, row in zip(records, rows):
         instances = re.findall(r"The number of (.+?) equals", row["problem"])
         needed = re.findall(r"Define (.+?) as", row["solution"])
@@ -304,7 +305,7 @@ def test_distractors_are_counted(known, monkeypatch):
 
 
 def test_show_marks_steps_beside_the_gold_ones(known, capsys):
-    records = evaluate.evaluate(None, {op: known.problems[op][:1] for op in PLAN}, known.args, "cpu", nullcontext())
+    records = evaluate.evaluate(None, READER, {op: known.problems[op][:1] for op in PLAN}, known.args, "cpu", nullcontext())
     evaluate.show({"a.pt": records}, 4)  # the first samples: right, right, cut, lucky
     parts = capsys.readouterr().out.split("\n--- ")[1:]
     assert [re.match(r"zoo, problem .*: op (\d+),", part)[1] for part in parts] == ["3", "12", "13", "17"]
@@ -331,7 +332,7 @@ def test_show_marks_steps_beside_the_gold_ones(known, capsys):
 
 def test_samples_are_written_with_their_verdicts(known, tmp_path):
     known.args.samples = "s.jsonl"
-    records = evaluate.evaluate(None, known.problems, known.args, "cpu", nullcontext())
+    records = evaluate.evaluate(None, READER, known.problems, known.args, "cpu", nullcontext())
     evaluate.write_samples(tmp_path / "s.jsonl", {"a.pt": records, "b.pt": records[:1]})
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     kinds = [kind for op in PLAN for of_problem in PLAN[op] for kind in of_problem]
@@ -339,10 +340,29 @@ def test_samples_are_written_with_their_verdicts(known, tmp_path):
     for line, kind in zip(lines, kinds):
         row = next(row for row in known.problems[line["op"]] if row["id"] == line["id"])
         assert (line["outcome"], line["verified"], line["strict"]) == VERDICTS[kind]
-        assert line["response"] == kind(row) and bool(line["errors"]) == (not line["strict"])
+        assert line["gen_solution_answer"] == kind(row) and bool(line["errors"]) == (not line["strict"])
         assert [line[key] for key in ("problem", "question", "solution", "template")] == [
             row[key] for key in ("problem", "question", "solution", "template")]
-    assert [line["sample"] for line in lines[:5]] == [0, 1, 2, 3, 0]
+    assert [line["sample_rank"] for line in lines[:5]] == [0, 1, 2, 3, 0]
+
+
+def test_weights_are_for_the_thirds_of_id(known):
+    """By hand: three ops of three problems each; the interval of a sum of independent parts."""
+    known.problems = {op: known.problems[op] for op in (3, 12, 13)}
+    known.args.weights, known.args.id_ranges = [0.2, 0.3, 0.5], {"zoo": [3, 13]}
+    records = evaluate.evaluate(None, READER, known.problems, known.args, "cpu", nullcontext())
+    numbers = evaluate.summarize(records, known.args)["groups"]["ID"]
+    parts = [np.array(counts(1, [op])) / 4 for op in (3, 12, 13)]
+    means, ends = [part.mean() for part in parts], [interval(part) for part in parts]
+    expected = 0.2 * means[0] + 0.3 * means[1] + 0.5 * means[2]
+    assert numbers["verified"]["pass@1"] == pytest.approx(expected) and expected != pytest.approx(np.mean(means))
+    for i, sign in ((0, -1), (1, 1)):
+        distance = sum((w * (mean - end[i])) ** 2 for w, mean, end in zip(known.args.weights, means, ends)) ** 0.5
+        assert numbers["verified"]["pass@1 interval"][i] == pytest.approx(expected + sign * distance)
+    change = evaluate.differences(records, records, known.args)["ID"]
+    assert change["pass@1"] == 0 and change["pass@1 interval"][0] < 0 < change["pass@1 interval"][1]
+    assert evaluate.in_parts(records, [0.2, 0.3, 0.5]) == [(0.2, [0, 1, 2]), (0.3, [3, 4, 5]), (0.5, [6, 7, 8])]
+    assert evaluate.in_parts(records, None) == evaluate.in_parts(records[:3], [0.5, 0.5]) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -455,7 +475,7 @@ def test_the_file_and_the_table(trained):
     out, report = evaluated(trained, "a.pt", *SHORT, "--show", 9, json_file="link.json")
     assert (trained / "link.json").is_symlink() and (trained / "far.json").is_file()
     assert report["settings"] == {"n": 4, "k": [1, 4], "problems": 2, "temperature": 1.0, "distractors": 0.5,
-                                  "max_parents": 2, "max_value": 20, "seed": 0,
+                                  "max_parents": 2, "max_value": 20, "seed": 0, "weights": None,
                                   "context": "all", "data": None, "id_ops": [2, 4],
                                   "id_ranges": dict.fromkeys(data.CONTEXTS, [2, 4])}
     result, = report["checkpoints"].values()
@@ -564,7 +584,7 @@ def test_rows_of_a_file(trained):
     rows += [data.make_row(i, data.parse_mixture("zoo:9"), 5) for i in range(4)]
     (trained / "rows.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows))
     out, report = evaluated(trained, "a.pt", "--data", "rows.jsonl", "--n", 2, "--k", 2, "--show", 9)
-    assert out.startswith("7 problems of rows.jsonl, op 2-9")
+    assert "\n7 problems of rows.jsonl, op 2-9" in out
     result = report["checkpoints"]["a.pt"]
     assert list(result["ops"]) == ["2", "9"] and list(result["contexts"]) == ["movie", "zoo"]
     assert all(row["question"] in out for row in rows)
@@ -572,6 +592,28 @@ def test_rows_of_a_file(trained):
     assert out.startswith("3 problems of rows.jsonl, op 9-9")
     out, report = evaluated(trained, "a.pt", "--data", "rows.jsonl", "--n", 2, "--k", 2, "--context", "movie")
     assert out.startswith("3 problems of rows.jsonl, op 2-2") and list(report["checkpoints"]["a.pt"]["contexts"]) == ["movie"]
+
+
+def test_rows_of_other_modes_are_left_out_or_refused(trained, tmp_path):
+    forward = [data.make_row(i, data.parse_mixture("zoo:3")) for i in range(2)]
+    other = {**forward[0], "mode": "forwardreverse", "solution": "no such steps"}
+    for name, rows in (("mixed", [*forward, other]), ("others", [other, other]), ("old", [{**forward[0], "mode": "normalforward"}])):
+        text = "\r\n".join(json.dumps(row) for row in rows)
+        (tmp_path / f"{name}.jsonl").write_bytes("\ufeff".encode() + text.encode())  # as Windows writes it
+    (tmp_path / "latin.jsonl").write_bytes(json.dumps({**forward[0], "question": "é"}, ensure_ascii=False).encode("latin-1"))
+    (tmp_path / "utf16.jsonl").write_bytes(json.dumps(forward[0]).encode("utf-16"))
+
+    def evaluate_rows(name, *options):
+        return run(tmp_path, "evaluate.py", trained / "a.pt", *"--n 2 --k 2 --problems 3 --data".split(), f"{name}.jsonl", *options)
+
+    result = evaluate_rows("mixed")
+    assert result.code == 0 and "1 of 3 rows are left out" in result.err, result
+    assert "fewer than --problems 3 rows: op 3 2" in result.out and "2 problems of mixed.jsonl" in result.out
+    assert_refused(evaluate_rows("mixed", "--strict-rows"), "1 rows that are not forward")
+    assert_refused(evaluate_rows("others"), "2 rows that are not forward")
+    assert evaluate_rows("old", "--strict-rows").code == 0
+    assert_refused(evaluate_rows("latin"), "latin.jsonl line 1")
+    assert_refused(evaluate_rows("utf16"), "utf16.jsonl line 1")
 
 
 def test_without_arguments_it_reads_what_the_stages_wrote(trained, tmp_path):
@@ -604,7 +646,7 @@ def test_the_plot_shows_the_numbers(monkeypatch, tmp_path):
     results = {path: dict(stage=stage, contexts={"zoo": {}}, groups={"ID": numbers(0.9), "OOD-edge": numbers(value)},
                           ops={"8": numbers(0.9), "9": numbers(value)})
                for path, stage, value in (("x/base.pt", "pretrain", 0.1), ("x/rl.pt", "grpo", 0.3), ("x/rl2.pt", "grpo", 0.5))}
-    args = types.SimpleNamespace(k=[1, 4], id_ranges={"zoo": [2, 8]}, plot=str(tmp_path / "p.svg"))
+    args = types.SimpleNamespace(k=[1, 4], id_ranges={"zoo": [2, 8]}, plot=str(tmp_path / "p.svg"), loss=False)
     evaluate.plot(results, args)
     axes = {ax.get_title(): ax for ax in pyplot.gcf().axes}
     over_op, over_k = axes[""].lines, axes["OOD-edge"].lines
@@ -691,7 +733,8 @@ BAD = [  # arguments, words in the last line
     ("a.pt --data rows.json --json rows.json", "overwrite"), ("a.pt --json cut.pt", ".json"), ("a.pt --json=", ".json"),
     ("a.svg --plot a.svg", "overwrite"), ("tokens.pt", "tokens"), ("a.pt --nope", "--nope"),
     ("a.pt --samples a.jsonl", "overwrite"), ("a.pt --samples cut.pt", ".jsonl"), ("a.pt --curves cut.pt", ".png"),
-    ("a.pt --data rows.jsonl --samples rows.jsonl", "overwrite"),
+    ("a.pt --data rows.jsonl --samples rows.jsonl", "overwrite"), ("a.pt --weights 0.5,0.6", "add up to 1"),
+    ("a.pt --weights -0.5,1.5", "--weights"), ("a.pt --weights 0.5,0.5", "ID has 1 ops"), ("folder", "config.json"),
 ]
 
 

@@ -847,7 +847,8 @@ def rows(tmp_path):
 def test_self_check(rows):
     done = run("rows.jsonl", cwd=rows)
     assert done.returncode == 0 and done.stderr == ""
-    assert json.loads(done.stdout) == {"rows": 2, "responses": 2, "outcome": 2, "process": 1.0, "verified": 2, "strict": 2, "errors": {}}
+    assert json.loads(done.stdout) == {"rows": 2, "responses": 2, "left_out": 0, "outcome": 2, "process": 1.0, "verified": 2, "strict": 2,
+                                       "errors": {}}
     assert os.listdir(rows) == ["rows.jsonl"]
 
 
@@ -869,6 +870,26 @@ def test_responses(rows):
     assert summary["errors"] == {"missing node": 4, "no answer": 2, "stray text": 1, "extra node": 1, "wrong answer": 1}
     assert sorted(os.listdir(rows)) == ["r.jsonl", "rows.jsonl", "v.jsonl"]
     assert run("rows.jsonl", "--responses", "r.jsonl", cwd=rows).stdout == done.stdout
+
+
+def test_rows_of_other_modes_have_no_verdict(rows):
+    """They are counted, and their lines in --out are null, so that responses and verdicts still pair up."""
+    good, _ = [json.loads(line) for line in (rows / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    mixed = [good, {**good, "mode": "forwardreverse", "solution": "?"}, {**good, "mode": "normalforward"}]
+    (rows / "mixed.jsonl").write_bytes("\ufeff".encode() + "\r\n".join(map(json.dumps, mixed)).encode())
+    done = run("mixed.jsonl", "--out", "v.jsonl", cwd=rows)
+    assert json.loads(done.stdout) == {"rows": 3, "responses": 2, "left_out": 1, "outcome": 2, "process": 1.0, "verified": 2, "strict": 2,
+                                       "errors": {}}
+    verdicts = [json.loads(line) for line in (rows / "v.jsonl").read_text().splitlines()]
+    assert [v["strict"] for v in verdicts] == [True, None, True] and verdicts[1] == {
+        "row": 1, "outcome": None, "process": None, "verified": None, "strict": None, "errors": ["not a forward problem"]}
+    for path, options in (("mixed.jsonl", ["--strict-rows"]), ("others.jsonl", [])):
+        (rows / "others.jsonl").write_text(json.dumps(mixed[1]))
+        refused = run(path, *options, "--out", "w.jsonl", cwd=rows)
+        assert refused.returncode == 2 and "1 rows that are not forward problems" in refused.stderr.splitlines()[-1]
+        assert not (rows / "w.jsonl").exists()
+    (rows / "utf16.jsonl").write_bytes(json.dumps(good).encode("utf-16"))
+    assert run("utf16.jsonl", cwd=rows).returncode == 2
 
 
 def test_a_response_in_a_file_may_begin_with_the_prompt_of_its_row(tmp_path):
