@@ -589,9 +589,9 @@ def test_rows_of_a_file(trained):
     assert list(result["ops"]) == ["2", "9"] and list(result["contexts"]) == ["movie", "zoo"]
     assert all(row["question"] in out for row in rows)
     out, report = evaluated(trained, "a.pt", "--data", "rows.jsonl", "--n", 2, "--k", 2, "--ops", "9-12", "--problems", 3)
-    assert out.startswith("3 problems of rows.jsonl, op 9-9")
+    assert out.startswith("3 problems of rows.jsonl, op 9-9"), out
     out, report = evaluated(trained, "a.pt", "--data", "rows.jsonl", "--n", 2, "--k", 2, "--context", "movie")
-    assert out.startswith("3 problems of rows.jsonl, op 2-2") and list(report["checkpoints"]["a.pt"]["contexts"]) == ["movie"]
+    assert "\n3 problems of rows.jsonl, op 2-2" in out and list(report["checkpoints"]["a.pt"]["contexts"]) == ["movie"]
 
 
 def test_rows_of_other_modes_are_left_out_or_refused(trained, tmp_path):
