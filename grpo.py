@@ -48,7 +48,7 @@ from model import (add_gradients, add_start_options, any_rank, at_least, become_
                    compile_layers, exit_if_interrupted, fill_from_preset, gather, give_up, how_it_runs, make_optimizers,
                    mean_loss, n_at_a_time, n_ranks, noted_interrupts, one_line_errors, open_run, progress_bar, rank, read_edge,
                    read_start, run_script, sample, save_checkpoint, say, set_up, stage_parser, step_batches,
-                   sum_gradients_over_ranks, sum_over_ranks, take_world, to_device, write_metrics)
+                   sum_gradients_over_ranks, sum_over_ranks, take_world, to_device, with_sizes, write_metrics)
 from verify import REWARDS, interval, reward, verify
 import data
 import numpy as np
@@ -424,6 +424,7 @@ SETTINGS = dict(  # name=(tiny, 100m). tiny: ten minutes on two CPU cores; 100m:
     eval_problems=(64, 256),
     save_every=(25, 20))
 PRESETS = {preset: {name: values[i] for name, values in SETTINGS.items()} for i, preset in enumerate(("tiny", "100m"))}
+PRESETS = with_sizes(PRESETS)  # 10m, 400m, 1b
 
 
 def noise(text):
@@ -472,7 +473,7 @@ def arguments():
             ops = args.ops or "{}-{}".format(init["id_ops"][0], data.op_groups(init["id_ops"])["OOD-hard"][1])
             args.mix, args.ops = data.in_contexts(dict.fromkeys(data.seen_ops(init), ops)), None
         args.mix = data.stage_mixture(init, PRESETS[args.preset]["id_share"], args.mix, args.ops, args.id_share).spec
-        fill_from_preset(args, PRESETS[args.preset])
+        fill_from_preset(args, PRESETS[args.preset], model.config)
         take_world(args, init["recipe"], data.World())
         world = data.World(args.distractors, args.max_parents, args.max_value)  # refuses what is not possible
         args.max_new = args.max_new or solution_limit(data.parse_mixture(args.mix), init["id_ops"], world)

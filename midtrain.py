@@ -19,7 +19,7 @@ from model import (accumulate, add_prediction_options, amounts_and_speeds, any_r
                    compile_layers, exit_if_interrupted, fill_from_preset, give_up, how_it_runs, make_optimizers, mean_loss,
                    n_at_a_time, n_ranks, noted_interrupts, one_line_errors, open_run, progress_bar, rank, run_script, sample,
                    save_checkpoint, say, say_expected_time, set_up, stage_parser, step_batches, write_metrics)
-from model import add_start_options, read_start, take_world
+from model import add_start_options, read_start, take_world, with_sizes
 import data
 import torch  # after model.py, which sets how its threads wait
 
@@ -42,6 +42,7 @@ SETTINGS = dict(  # name=(tiny, 100m). tiny: two minutes on two CPU cores; 100m:
     eval_every=(50, 50),
     save_every=(100, 500))
 PRESETS = {preset: {name: values[i] for name, values in SETTINGS.items()} for i, preset in enumerate(("tiny", "100m"))}
+PRESETS = with_sizes(PRESETS)  # 10m, 400m, 1b
 
 
 def arguments():
@@ -55,7 +56,7 @@ def arguments():
         init, model = read_start(args, PRESETS, data.VOCABULARY)
         args.mix = data.stage_mixture(init, PRESETS[args.preset]["id_share"], args.mix, args.ops, args.id_share).spec
         args.vocabulary = data.VOCABULARY
-        fill_from_preset(args, PRESETS[args.preset])
+        fill_from_preset(args, PRESETS[args.preset], model.config)
         take_world(args, init["recipe"], data.World())
         world = data.World(args.distractors, args.max_parents, args.max_value)
         check_run_files(args, inputs=[args.init])

@@ -78,7 +78,11 @@ class Config:
 
 CONFIGS = {
     "tiny": Config(n_layers=4, width=128, n_heads=4, n_kv_heads=2, mlp=384, rope_theta=1e4, init_std=0.05, look_back=2),
-    "100m": Config(n_layers=12, width=768, n_heads=12, n_kv_heads=2, mlp=3072),  # the model of arXiv 2512.07783
+    # the model of arXiv 2512.07783 and, for larger and smaller ones, its proportions
+    "10m": Config(n_layers=6, width=384, n_heads=6, n_kv_heads=1, mlp=1536),
+    "100m": Config(n_layers=12, width=768, n_heads=12, n_kv_heads=2, mlp=3072),
+    "400m": Config(n_layers=18, width=1280, n_heads=20, n_kv_heads=4, mlp=5120),
+    "1b": Config(n_layers=24, width=1792, n_heads=28, n_kv_heads=4, mlp=7168),
 }
 
 
@@ -937,12 +941,25 @@ def choose_device(args):
 BYTES_PER_TOKEN = {"bfloat16": 19 * 2 ** 30 // 32_768, "float32": 25 * 2 ** 30 // 32_768}
 
 
-def tokens_that_fit(tokens, free, dtype):
+def tokens_that_fit(tokens, free, dtype, config):
     """`tokens` a pass or, if they take more than half of so many free bytes, a half of them, a quarter, ... The other half is for
     weights, gradients, optimizer and, in GRPO, what sampling keeps."""
-    while tokens > 1024 and tokens * BYTES_PER_TOKEN[dtype] > free / 2:
+    while tokens > 1024 and tokens * BYTES_PER_TOKEN[dtype] * relative_depth_and_width(config) > free / 2:
         tokens //= 2
     return tokens
+
+
+def relative_depth_and_width(config):
+    """Layers times width, with those of the 100m model as 1: what a token keeps for the backward pass grows with it."""
+    return config.n_layers * config.width / (12 * 768)
+
+
+def with_sizes(presets):
+    """PRESETS of a stage with those for the other sizes of model, by size: the settings of 100m with learning rates that go with
+    1 / width, as muP (arXiv 2203.03466, table 8) has it for the matrices of hidden layers and Adam. They were never run."""
+    of_100m = presets["100m"]
+    return {size: presets.get(size, of_100m | {name: float(f"{of_100m[name] * 768 / config.width:.2g}") for name in ("lr", "min_lr")})
+            for size, config in CONFIGS.items()}
 
 
 def n_cores(cgroup="/sys/fs/cgroup"):
@@ -955,12 +972,15 @@ def n_cores(cgroup="/sys/fs/cgroup"):
     return cores
 
 
-def fill_from_preset(args, preset):
-    """Gives each setting that was not set by an option its value from the preset, as far as the device and the cores allow."""
+def fill_from_preset(args, preset, config):
+    """Gives each setting that was not set by an option its value from the preset, as far as the device and the cores allow.
+
+    config: of the model, for the tokens of a pass."""
     if args.device.startswith("cuda"):
-        tokens = tokens_that_fit(preset["micro_tokens"], torch.cuda.mem_get_info(args.device)[0], args.dtype)
+        tokens = tokens_that_fit(preset["micro_tokens"], torch.cuda.mem_get_info(args.device)[0], args.dtype, config)
     else:  # memory: with the 100m model 32768 tokens take 18 GB, 4096 take 6, and `n_at_a_time` passes run at a time
-        tokens = min(6144 // min(8, n_cores(), torch.get_num_threads()), preset["micro_tokens"])
+        tokens = 6144 // min(8, n_cores(), torch.get_num_threads()) / max(1, relative_depth_and_width(config))
+        tokens = min(max(512, int(tokens)), preset["micro_tokens"])
     preset = preset | dict(micro_tokens=tokens, workers=min(preset["workers"], n_cores()))
     for name, value in preset.items():
         if getattr(args, name, None) is None:

@@ -19,7 +19,7 @@ from model import (accumulate, add_prediction_options, amounts_and_speeds, any_r
                    compile_layers, exit_if_interrupted, fill_from_preset, give_up, how_it_runs, make_optimizers, mean_loss,
                    n_at_a_time, n_ranks, noted_interrupts, one_line_errors, open_run, progress_bar, rank, run_script, sample,
                    save_checkpoint, say, say_expected_time, set_up, stage_parser, step_batches, write_metrics)
-from model import CONFIGS, Config, Transformer, check_outputs
+from model import CONFIGS, Config, Transformer, check_outputs, with_sizes
 import data
 import torch  # after model.py, which sets how its threads wait
 
@@ -49,6 +49,7 @@ SETTINGS = dict(  # name=(tiny, 100m). tiny: 13 minutes on two CPU cores; 100m: 
     eval_every=(100, 100),
     save_every=(200, 500))
 PRESETS = {preset: {name: values[i] for name, values in SETTINGS.items()} for i, preset in enumerate(("tiny", "100m"))}
+PRESETS = with_sizes(PRESETS)  # 10m, 400m, 1b
 # options of the model, in model.Config and, name_parts, in `new_model`; and the least value of each
 LEAST = dict(n_layers=1, width=1, n_heads=1, n_kv_heads=1, mlp=1, rope_theta=1.0, init_std=0.0, look_back=0, name_parts=0.0)
 
@@ -74,7 +75,8 @@ def arguments():
         args.late_mix = args.mix if args.late_mix is None else data.parse_mixture(args.late_mix).spec
         args.late_distractors = args.distractors if args.late_distractors is None else args.late_distractors
         args.vocab_size, args.vocabulary = data.VOCAB_SIZE, data.VOCABULARY
-        fill_from_preset(args, PRESETS[args.preset] | asdict(CONFIGS[args.preset]))
+        shape = {name: x if getattr(args, name) is None else getattr(args, name) for name, x in asdict(CONFIGS[args.preset]).items()}
+        fill_from_preset(args, PRESETS[args.preset] | shape, Config(**shape))
         [data.World(mean, args.max_parents, args.max_value) for mean in (args.distractors, args.late_distractors)]  # may refuse
         if args.width % (2 * args.n_heads) or args.n_heads % args.n_kv_heads:
             raise ValueError("--width must be a multiple of 2 * --n-heads, --n-heads a multiple of --n-kv-heads")

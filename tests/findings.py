@@ -364,14 +364,14 @@ def jobs_of(settings, out, name, seed):
     return jobs
 
 
-def fingerprint(job):
+def fingerprint(job, preset):
     """Tells whether a finished job would do the same again: its command, defaults, checkpoints. None if a file is not there."""
     try:
         runs = [load_checkpoint(path).get("run") for path in (*job.needs, job.out) if path.endswith(".pt")]
     except ValueError:
         return None
-    presets = getattr(importlib.import_module(job.command[0].removesuffix(".py")), "PRESETS", None)
-    text = str([job.command, presets, CONFIGS, runs])
+    presets, size = getattr(importlib.import_module(job.command[0].removesuffix(".py")), "PRESETS", {}), preset.replace("quick", "tiny")
+    text = str([job.command, presets.get(size), CONFIGS[size], runs])
     return hashlib.sha256(text.encode()).hexdigest() if all(map(os.path.exists, (job.out, *job.kept))) else None
 
 
@@ -688,7 +688,7 @@ def main():
         done = {}
     jobs = [job if args.preset == "tiny" else job._replace(minutes=0.0)  # not known
             for seed in args.seeds for job in jobs_of(settings, args.out, args.finding, seed)]
-    to_run = [job for job in jobs if job.out not in done or done[job.out]["fingerprint"] != fingerprint(job)]
+    to_run = [job for job in jobs if job.out not in done or done[job.out]["fingerprint"] != fingerprint(job, args.preset)]
     pace = {}  # script -> minutes on this machine for a minute expected
     for script in {job.command[0] for job in jobs}:
         timed = [d for d in done.values() if d["script"] == script and d["minutes"] and d["expected"]]
@@ -719,7 +719,7 @@ def main():
         missing = [path for path in job.kept if not os.path.exists(path)]
         if missing:
             sys.exit(f"{job.out} was made without keeping {missing[0]}: move it away, and it will be made anew")
-        done[job.out] = dict(script=job.command[0], fingerprint=fingerprint(job), minutes=took, expected=job.minutes)
+        done[job.out] = dict(script=job.command[0], fingerprint=fingerprint(job, args.preset), minutes=took, expected=job.minutes)
         Path(f"{done_file}.part").write_text(json.dumps(done, indent=1), encoding="utf-8")
         os.replace(f"{done_file}.part", done_file)
         say(f"done: {job.out}" + (f", {took:.1f} minutes" if took else ""))

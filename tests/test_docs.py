@@ -90,7 +90,7 @@ def test_an_option_that_does_not_exist_is_found(monkeypatch):
 def test_options_and_files_that_are_named_exist(monkeypatch):
     needed = {"data.py": [], "verify.py": ["rows.jsonl"], "model.py": ["a.pt", "--to-hf", "d"], "tests/findings.py": ["edge"]}
     options = {option for script in SCRIPTS for action in parsed(monkeypatch, script, needed.get(script, []))[0]._actions
-               for option in action.option_strings} | {"--nproc_per_node"}
+               for option in action.option_strings} | {"--nproc_per_node", "--local-dir"}  # of torchrun and hf
     for page, text in TEXTS.items():
         assert not {*re.findall(r"(?<![\w-])--[a-z][\w-]*", text)} - options, page
         linked = [path for path in re.findall(r"\]\(([^)]+)\)", text) if not path.startswith("http")]

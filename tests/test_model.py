@@ -139,6 +139,27 @@ def test_the_100m_preset_is_the_model_of_the_paper():
     assert all(c.vocab_size == data.VOCAB_SIZE for c in CONFIGS.values())
 
 
+@pytest.mark.parametrize("size, layers, width, millions", [("10m", 6, 384, 12.9), ("400m", 18, 1280, 425.6), ("1b", 24, 1792, 1102.3)])
+def test_the_other_sizes_have_the_proportions_of_the_paper(size, layers, width, millions):
+    import grpo, midtrain, pretrain  # noqa: E401
+    c = CONFIGS[size]
+    assert (c.n_layers, c.width, c.width // c.n_heads, c.mlp) == (layers, width, 64, 4 * width) and 5 <= c.n_heads / c.n_kv_heads <= 7
+    with torch.device("meta"):  # no memory is taken
+        assert Transformer(c).n_params() / 1e6 == pytest.approx(millions, abs=0.1)
+    for stage in pretrain, midtrain, grpo:
+        preset, of_100m = stage.PRESETS[size], stage.PRESETS["100m"]
+        assert [*stage.PRESETS] == [*CONFIGS]
+        assert {name for name in preset if preset[name] != of_100m[name]} == {"lr", "min_lr"}
+        assert preset["lr"] == pytest.approx(of_100m["lr"] * 768 / width, rel=0.05)
+
+
+def test_the_tokens_of_a_pass_fit_the_memory_and_the_size():
+    fit = {size: M.tokens_that_fit(32_768, 78 * 2 ** 30, "bfloat16", CONFIGS[size]) for size in CONFIGS}
+    assert fit == {"tiny": 32_768, "10m": 32_768, "100m": 32_768, "400m": 16_384, "1b": 8_192}
+    assert M.tokens_that_fit(32_768, 20 * 2 ** 30, "bfloat16", CONFIGS["100m"]) == 16_384
+    assert M.tokens_that_fit(32_768, 0, "float32", CONFIGS["1b"]) == 1024  # it may still not fit, but no pass is shorter
+
+
 def test_heads_that_look_back_start_out_looking_back():
     c = replace(CONFIGS["tiny"], n_heads=6, n_kv_heads=2, width=6 * 32, n_layers=2, look_back=1)
     torch.manual_seed(0)
