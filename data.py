@@ -685,25 +685,10 @@ def read_rows(path):
     return rows
 
 
-def forward_rows(path, strict=False):
-    """`read_rows` without those of other modes (of the public data, problems that ask for an unknown), whose number it prints.
-
-    strict: refuse them. Raises ValueError or OSError with one line for the user.
-    """
-    rows = read_rows(path)
-    forward = [row for row in rows if row.get("mode", "normalforward") == "normalforward"]
-    others = len(rows) - len(forward)
-    if others and (strict or not forward):
-        raise ValueError(f"{path} has {others} rows that are not forward problems, whose mode is normalforward")
-    if others:
-        print(f"{path}: {others} of {len(rows)} rows are left out: they are not forward problems", file=sys.stderr)
-    return forward
-
-
 def steps_of(row):
     """The steps of a solution, parents first: [(name, letter, letters of the parents, work)]."""
     steps, letters = [], set()
-    for name, letter, work in re.findall(r"Define (.+?) as (\w); (.+?)\. ", row["solution"]):
+    for name, letter, work in re.findall(r"Define (.+?) as (\w); (.+?)\. ", " ".join(row["solution"].split())):
         used = dict.fromkeys(re.findall(r"\b[A-Za-z]\b", work))
         steps.append((name, letter, [u for u in used if u in letters], work))
         letters.add(letter)
@@ -1009,7 +994,7 @@ def show(row, solution=True):
         text = [(line, style) for paragraph, style in text for line in textwrap.wrap(paragraph, width) or [""]]
         text, graph = text + [("", "")] * (len(graph) - len(text)), graph + [""] * (len(text) - len(graph))
         body = [f"{styled(line.ljust(width), style)}    {node}".rstrip() for (line, style), node in zip(text, graph)]
-    return "\n".join([f"problem {row['id']}: op {row['op']}, {len(steps)} steps, {row['template']}", "", *body, "",
+    return "\n".join([f"problem {row.get('id', '')}: op {row['op']}, {len(steps)} steps, {row['template']}", "", *body, "",
                       *(row["solution"].replace(". ", ".\n").splitlines() + [""] if solution else [])])
 
 

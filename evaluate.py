@@ -23,6 +23,7 @@ A folder that is not of ours ends its texts at its end tokens and at </answer>, 
 import argparse
 import collections
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -32,13 +33,14 @@ from typing import Callable, NamedTuple, Optional
 
 from model import (add_world_options, at_least, check_outputs, check_trained, choose_device, gather, n_ranks, one_line_errors,
                    progress_bar, rank, read_hf, read_trained, run_script, sample, say, set_up, take_world)
-from verify import explain, interval, parse, verify, write_whole
+from verify import FORWARD, explain, interval, parse, verify, write_whole
 import data
 import numpy as np
 import torch  # after model.py, which sets how its threads wait
 
 VERDICTS = ("outcome", "verified", "strict")
 FIGURES = (".png", ".pdf", ".svg")
+OF_RL = {*"groups held_out approx_kl kl entropy length truncated reward outcome process verified strict hacked".split()}
 MARGIN = 0.05  # of pass@k and other shares: `signs` takes a rise that is surely smaller for none
 CHAIN = ("out/pretrain.pt", "out/midtrain.pt", "out/grpo.pt")
 COLORS = dict(pretrain="black", midtrain="tab:blue", grpo="tab:orange")  # of a stage, in every figure
@@ -76,14 +78,15 @@ def estimates(ks, values, parts=(), **bounds):
     return out
 
 
-def in_parts(records, weights):
-    """[(weight, numbers of the records)]: the ops of ID, in as many parts as there are weights, from easy to hard; as in
-    arXiv 2512.07783, where op 2-4, 5-7, 8-10 have .2, .3, .5. Empty without weights and if it is one op, or not of ID."""
-    ops = sorted({r["op"] for r in records if r["group"] == "ID"})
-    if not weights or len(ops) < len(weights) or not all(r["group"] == "ID" for r in records):
+def in_parts(records, args):
+    """[(weight, numbers of the records)] for --weights: the ops of ID, m to M, in as many parts as there are weights, from easy to
+    hard; as in arXiv 2512.07783, where op 2-4, 5-7, 8-10 have .2, .3, .5. Empty without weights, if these are not the records
+    of ID, and for a context without some of the parts."""
+    if not args.weights or not all(r["group"] == "ID" for r in records):
         return []
-    parts = np.array_split(ops, len(weights))
-    return [(weight, [i for i, r in enumerate(records) if r["op"] in part]) for weight, part in zip(weights, parts)]
+    ops = np.array_split(range(args.id_ops[0], args.id_ops[1] + 1), len(args.weights))
+    parts = [(weight, [i for i, r in enumerate(records) if r["op"] in some]) for weight, some in zip(args.weights, ops)]
+    return parts if all(part for _, part in parts) else []
 
 
 def group_of(op, id_ops):
@@ -97,6 +100,10 @@ def group_of(op, id_ops):
         return "unseen"
     beyond = "below" if op < id_ops[0] else "OOD-hard"
     return next((name for name, (low, high) in data.op_groups(id_ops).items() if low <= op <= high), beyond)
+
+
+def context_of(row):
+    return data.TEMPLATE_TO_CONTEXT.get(row["template"], row["template"])
 
 
 def integers(text):
@@ -118,11 +125,11 @@ def arguments():
     p.add_argument("checkpoints", nargs="*", metavar="CKPT", help=f"default: those of {', '.join(CHAIN)} that exist")
     p.add_argument("--ops", help="op range (default: 2 to twice the largest op of pre-training)")
     p.add_argument("--context", choices=[*data.CONTEXTS, "all"], help="of the problems (default: that of the first checkpoint)")
-    p.add_argument("--id-ops", help="what a folder of another project was pre-trained on, e.g. 2-10 (in all contexts)")
+    p.add_argument("--id-ops", help="what a folder of another project was pre-trained on, e.g. 2-10 (all contexts)")
     p.add_argument("--data", help="take the problems from this JSONL file of rows")
     p.add_argument("--strict-rows", action="store_true", help="refuse, not leave out, rows of --data that are not forward")
     p.add_argument("--weights", type=shares, help="shares of easy, ..., hard ops in means of ID, e.g. 0.2,0.3,0.5")
-    p.add_argument("--n", type=at_least(1), help="samples per problem (default 128, on a CPU 16)")
+    p.add_argument("--n", type=at_least(1), help="samples a problem (128, on a CPU 16); torchrun needs -- before evaluate.py")
     p.add_argument("--k", type=integers, help="k of pass@k (default 1,8,128, on a CPU 1,4,16)")
     p.add_argument("--problems", type=at_least(1), help="problems per op (default 200, on a CPU 100)")
     p.add_argument("--temperature", type=at_least(0.0), default=0.7, help="of sampling, as in the paper (default 0.7); 0: greedy")
@@ -139,50 +146,65 @@ def arguments():
     p.set_defaults(dtype=None, compile=False)
     args = p.parse_args()
     with one_line_errors(p):
-        choose_device(args)
-        on_gpu = args.device.startswith("cuda")
-        for name, gpu, cpu in (("n", 128, 16), ("problems", 200, 100), ("rows", 6144, 512)):
-            setattr(args, name, getattr(args, name) or (gpu if on_gpu else cpu))
-        args.k = args.k or [k for k in ((1, 8, 128) if on_gpu else (1, 4, 16)) if k <= args.n]
-        if args.k[-1] > args.n:
-            raise ValueError(f"pass@{args.k[-1]} needs 1 <= k <= n, but --n is {args.n}")
-        args.checkpoints = list(dict.fromkeys(args.checkpoints)) or [c for c in CHAIN if os.path.exists(c)]
-        if not args.checkpoints:
-            raise ValueError("there is no checkpoint in out/: run python pretrain.py first, or name one")
-        for name, kinds in dict(json=[".json"], samples=[".jsonl"], plot=FIGURES, curves=FIGURES).items():
-            path = getattr(args, name)
-            if path is not None and not path.endswith(tuple(kinds)):  # a checkpoint, say
-                raise ValueError(f"--{name} {path} must end in {' or '.join(kinds)}")
-        inputs = [*args.checkpoints, *map(metrics_of, args.checkpoints), *filter(None, [args.data])]
-        if args.curves:
-            if not importlib.util.find_spec("matplotlib"):
-                raise ValueError("--curves needs matplotlib (pip install matplotlib)")
-            check_outputs(args.curves, inputs=inputs)
-            args.runs = {path: read_metrics(path) for path in args.checkpoints}
-            if not all(args.runs.values()):
-                path = metrics_of(next(path for path, rows in args.runs.items() if not rows))
-                raise ValueError(f"there are no metrics of a stage in {path}")
-            return args
-        args.loaded = [(path, *read(path, args.id_ops)) for path in args.checkpoints]
-        args.id_ops = args.loaded[0][1]["id_ops"]
-        args.id_ranges = data.seen_ops(args.loaded[0][1])
-        take_world(args, args.loaded[0][1]["recipe"], data.World())
-        args.context = args.context or ("all" if len(args.id_ranges) == len(data.CONTEXTS) else ",".join(args.id_ranges))
-        args.problem_rows = problems_of(args)
-        for path, _, _, reader in args.loaded:
-            check_prompts(path, reader, args.problem_rows)
-        ops = [op for op in args.problem_rows if "ID" in {group_of(op, id_ops) for id_ops in args.id_ranges.values()}]
-        if args.weights and len(ops) < len(args.weights):
-            raise ValueError(f"--weights has {len(args.weights)} shares, but ID has {len(ops)} ops here")
-        check_outputs(args.json, *filter(None, [args.plot, args.samples]), inputs=inputs)
+        complete(args)
     return args
+
+
+def complete(args):
+    """Fill in defaults, read checkpoints and problems. Raises ValueError or OSError with a line for the user."""
+    choose_device(args)
+    on_gpu = args.device.startswith("cuda")
+    for name, gpu, cpu in (("n", 128, 16), ("problems", 200, 100), ("rows", 6144, 512)):
+        setattr(args, name, getattr(args, name) or (gpu if on_gpu else cpu))
+    args.k = args.k or [k for k in ((1, 8, 128) if on_gpu else (1, 4, 16)) if k <= args.n]
+    if args.k[-1] > args.n:
+        raise ValueError(f"pass@{args.k[-1]} needs 1 <= k <= n, but --n is {args.n}")
+    args.checkpoints = list(dict.fromkeys(args.checkpoints)) or [c for c in CHAIN if os.path.exists(c)]
+    if not args.checkpoints:
+        raise ValueError("there is no checkpoint in out/: run python pretrain.py first, or name one")
+    for name, kinds in dict(json=[".json"], samples=[".jsonl"], plot=FIGURES, curves=FIGURES).items():
+        path = getattr(args, name)
+        if path is not None and not path.endswith(tuple(kinds)):  # a checkpoint, say
+            raise ValueError(f"--{name} {path} must end in {' or '.join(kinds)}")
+    inputs = [*args.checkpoints, *map(metrics_of, args.checkpoints), *filter(None, [args.data])]
+    also = [f"--{name}" for name in ("plot", "samples", "show", "loss", "data", "weights") if getattr(args, name)]
+    if args.curves and also:
+        raise ValueError(f"--curves evaluates nothing: it takes no {', '.join(also)}")
+    if args.strict_rows and not args.data:
+        raise ValueError("--strict-rows is for the rows of --data")
+    if args.curves:
+        if not importlib.util.find_spec("matplotlib"):
+            raise ValueError("--curves needs matplotlib (pip install matplotlib)")
+        check_outputs(args.curves, inputs=inputs)
+        args.runs = {path: read_metrics(path) for path in args.checkpoints}
+        for path, rows in args.runs.items():
+            if not rows or not all(row.keys() >= (OF_RL if "groups" in rows[0] else {"loss", "val_loss"}) for row in rows):
+                raise ValueError(f"there are no metrics of a stage, as it is now, in {metrics_of(path)}")
+        return
+    args.loaded = [(path, *read(path, args.id_ops)) for path in args.checkpoints]
+    if args.id_ops and not any(reader.foreign for *_, reader in args.loaded):
+        raise ValueError("--id-ops is for folders of other projects: ours say what they were pre-trained on")
+    args.id_ops = args.loaded[0][1]["id_ops"]
+    args.id_ranges = data.seen_ops(args.loaded[0][1])
+    take_world(args, args.loaded[0][1]["recipe"], data.World())
+    args.context = args.context or ("all" if len(args.id_ranges) == len(data.CONTEXTS) else ",".join(args.id_ranges))
+    args.notes = []  # what to say before the work
+    args.problem_rows = problems_of(args)
+    for path, _, _, reader in args.loaded:
+        check_prompts(path, reader, args.problem_rows)
+    of_id = [dict(op=op, group="ID") for op, rows in args.problem_rows.items() for row in rows
+             if group_of(op, args.id_ranges.get(context_of(row))) == "ID"]
+    if args.weights and not in_parts(of_id, args):
+        raise ValueError(f"--weights has {len(args.weights)} shares, but ID, op {{}}-{{}}, is not all here".format(*args.id_ops))
+    check_outputs(args.json, *filter(None, [args.plot, args.samples]), inputs=inputs)
 
 
 class Reader(NamedTuple):
     """How a model reads and writes."""
     encode: Callable            # text -> tokens
     decode: Callable            # tokens -> text
-    stops: list                 # tokens that end a text
+    stops: list                 # tokens that end a sample
+    ends: list                  # the token at the end of a gold solution, none if there is no such token
     vocab_size: int
     positions: Optional[int]    # the longest text that it was made for, in tokens; None: any
     foreign: bool = False       # what it writes behind </answer> is cut off
@@ -192,21 +214,22 @@ def read(path, id_ops):
     """A checkpoint or a Hugging Face folder -> (checkpoint, model, Reader). Raises ValueError with a line for the user."""
     if not os.path.isdir(path):
         checkpoint, model = read_trained(path, data.VOCABULARY)
-        enc = data.tokenizer()
-        return checkpoint, model, Reader(partial(data.encode, enc), partial(data.decode, enc),
-                                         [enc.encode_single_token(data.END)], model.config.vocab_size, None)
+        enc, end = data.tokenizer(), [data.tokenizer().encode_single_token(data.END)]
+        reader = Reader(partial(data.encode, enc), partial(data.decode, enc), end, end, model.config.vocab_size, None)
+        return checkpoint, model, reader
     folder = read_hf(path)
-    known, after_answer = folder.tokenizer.get_vocab_size(), folder.tokenizer.token_to_id("</answer>")
+    size, after_answer = folder.model.config.vocab_size, folder.tokenizer.token_to_id("</answer>")
 
     def encode(text):
         return folder.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def decode(ids):
-        return folder.tokenizer.decode([i for i in ids if i < known], skip_special_tokens=False)
+    def decode(ids):  # what is no token of the tokenizer is no text either
+        runs = itertools.groupby(ids, key=lambda i: folder.tokenizer.id_to_token(i) is not None)
+        return "".join(folder.tokenizer.decode([*run], skip_special_tokens=False) if known else "\ufffd" for known, run in runs)
 
-    if folder.ours:
+    if folder.ours and folder.ends:
         check_trained(folder.ours, path, data.VOCABULARY)
-        return folder.ours, folder.model, Reader(encode, decode, folder.ends, folder.model.config.vocab_size, folder.positions)
+        return folder.ours, folder.model, Reader(encode, decode, folder.ends, folder.ends[:1], size, folder.positions)
     if id_ops is None:
         raise ValueError(f"{path} does not say what it was pre-trained on: give --id-ops, for instance --id-ops 2-10")
     ops, stops = data.parse_ops(id_ops), [*folder.ends, *[after_answer] * (after_answer is not None)]
@@ -214,7 +237,7 @@ def read(path, id_ops):
         raise ValueError(f"{path} has no end of text: neither an eos_token_id nor a token </answer>")
     id_ops = [ops[0], ops[-1]]
     checkpoint = dict(stage="another's", id_ops=id_ops, id_ranges=dict.fromkeys(data.CONTEXTS, id_ops), recipe={})
-    return checkpoint, folder.model, Reader(encode, decode, stops, folder.model.config.vocab_size, folder.positions, True)
+    return checkpoint, folder.model, Reader(encode, decode, stops, folder.ends[:1], size, folder.positions, True)
 
 
 def check_prompts(path, reader, problem_rows):
@@ -237,11 +260,16 @@ def problems_of(args):
         # each op has numbers i of its own: the same i would mean the same context and number of distractors at every op
         return {op: [data.make_row(op * 10 ** 6 + i, mixtures[op], args.seed, "eval", world) for i in range(args.problems)]
                 for op in ops}
-    rows = [r for r in data.forward_rows(args.data, args.strict_rows)
-            if args.context == "all" or data.TEMPLATE_TO_CONTEXT.get(r["template"], r["template"]) in args.context.split(",")]
-    for n, row in enumerate(rows, 1):
+    whole = data.read_rows(args.data)
+    forward = [r for r in whole if r.get("mode", FORWARD) == FORWARD]
+    rows = [r for r in forward if args.context == "all" or context_of(r) in args.context.split(",")]
+    if len(forward) < len(whole) and (args.strict_rows or not forward):
+        raise ValueError(f"{args.data} has {len(whole) - len(forward)} rows that are not forward problems (mode {FORWARD})")
+    chosen = set(map(id, rows))
+    for n, row in enumerate(whole, 1):
         try:
-            verify(row["solution"], "")
+            if id(row) in chosen:
+                verify(row["solution"], "")
         except ValueError as error:
             raise ValueError(f"{args.data} row {n}: {error}") from None
     ops = {r["op"] for r in rows} & set(data.parse_ops(args.ops)) if args.ops else {r["op"] for r in rows}
@@ -249,8 +277,10 @@ def problems_of(args):
         raise ValueError(f"{args.data} has no rows with op {args.ops or 'of any size'}, context {args.context}")
     problem_rows = {op: [r for r in rows if r["op"] == op][:args.problems] for op in sorted(ops)}
     few = [f"op {op} {len(of_op)}" for op, of_op in problem_rows.items() if len(of_op) < args.problems]
-    if few:
-        say(f"{args.data} has fewer than --problems {args.problems} rows: {', '.join(few)}")
+    for n, what in ((len(whole) - len(forward), "that are not forward problems"),
+                    (len(forward) - len(rows), f"of other contexts than {args.context}")):
+        args.notes += [f"{args.data}: {n} of {len(whole)} rows are left out, {what}"] * (n > 0)
+    args.notes += [f"{args.data}: fewer rows than --problems {args.problems}: {', '.join(few)}"] * bool(few)
     return problem_rows
 
 
@@ -270,7 +300,7 @@ def evaluate(model, reader, problem_rows, args, device, precision, progress=None
         if not rows:
             continue
         prompts = [reader.encode(data.prompt_text(row)) for row in rows]
-        solutions = [reader.encode(data.response_text(row).removesuffix(data.END)) + reader.stops[:1] for row in rows]
+        solutions = [reader.encode(data.response_text(row).removesuffix(data.END)) + reader.ends for row in rows]
         max_new = max(map(len, solutions)) * 3 // 2 + 16
         if reader.positions:
             max_new = min(max_new, reader.positions - max(map(len, prompts)))
@@ -286,7 +316,7 @@ def evaluate(model, reader, problem_rows, args, device, precision, progress=None
             verdicts, names = [verify(row["solution"], text) for text in texts], parse(row["solution"]).nodes
             errors = collections.Counter(name for v in verdicts for name in {e.split(":")[0] for e in v["errors"]})
             needed = row["solution"].count("Define ") - row["solution"].count("Define total ")
-            context, answer = data.TEMPLATE_TO_CONTEXT.get(row["template"], row["template"]), parse(row["solution"]).answer
+            context, answer = context_of(row), parse(row["solution"]).answer
             records.append(dict(
                 op=op, i=rank() + j * n_ranks(), context=context, group=group_of(op, args.id_ranges.get(context)),
                 distractors=row["problem"].count(" equals ") - needed, errors=errors, answer=answer,
@@ -294,15 +324,16 @@ def evaluate(model, reader, problem_rows, args, device, precision, progress=None
                 right={name: sum(verdict[name] for verdict in verdicts) for name in VERDICTS},
                 hacked=sum(v["outcome"] and not v["verified"] for v in verdicts),
                 named=sum(any(f"Define {name} as " in text for name in names) for text in texts),
-                truncated=sum(not {*reader.stops} & {*ids} for ids in mine), row=row, text=texts[0], loss=losses[j],
+                truncated=sum(not {*reader.stops} & {*ids} and not (reader.foreign and "</answer>" in text)
+                              for ids, text in zip(mine, texts)), row=row, text=texts[0], loss=losses[j],
                 samples=[*zip(texts, verdicts)] if args.samples else []))
     return records
 
 
 @torch.no_grad()
-def losses_of(model, prompts, solutions, device, batch=64):
+def losses_of(model, prompts, solutions, device):
     """The mean loss of each solution after its prompt, lists of tokens, in nats a token."""
-    losses = []
+    losses, batch = [], max(1, min(64, 2 ** 27 // (model.config.vocab_size * max(map(len, solutions)))))  # 0.5 GiB of logits
     for first in range(0, len(prompts), batch):
         pairs = [*zip(prompts[first:first + batch], solutions[first:first + batch])]
         T = max(len(prompt) + len(solution) for prompt, solution in pairs) - 1
@@ -316,13 +347,12 @@ def losses_of(model, prompts, solutions, device, batch=64):
 
 def summarize(records, args):
     """Numbers of one checkpoint, as they go into the JSON file."""
-    def numbers(chosen):
+    def numbers(chosen, parts=()):
         right = {v: [r["right"][v] for r in chosen] for v in VERDICTS}
         named = [r["named"] / args.n for r in chosen]
         errors, samples = sum((r["errors"] for r in chosen), collections.Counter()), len(chosen) * args.n
         (_, most_frequent), = collections.Counter(r["answer"] for r in chosen).most_common(1)
         loss = dict(loss=float(np.mean([r["loss"] for r in chosen]))) if args.loss else {}
-        parts = in_parts(chosen, args.weights)
         return {v: estimates(args.k, lambda k: pass_at_k(args.n, right[v], k), parts) for v in VERDICTS} | loss | dict(
             baseline=max(most_frequent, sum(r["last_is_answer"] for r in chosen)) / len(chosen),
             named=float(np.mean(named)), **{"named interval": interval(named).tolist()},
@@ -333,16 +363,17 @@ def summarize(records, args):
     def by(key, chosen=records):
         return {name: numbers([r for r in chosen if key(r) == name]) for name in sorted({key(r) for r in chosen})}
 
-    def group(r):
-        return r["group"]
+    def by_group(chosen):
+        of = {name: [r for r in chosen if r["group"] == name] for name in sorted({r["group"] for r in chosen})}
+        return {name: numbers(of_group, in_parts(of_group, args)) for name, of_group in of.items()}
 
     def few_or_many(r):
         return "0-1" if r["distractors"] < 2 else "2-4" if r["distractors"] < 5 else "5-12"
 
     summary = numbers(records) | dict(
-        groups=by(group), ops={str(op): v for op, v in by(lambda r: r["op"]).items()},
-        contexts={c: by(group, [r for r in records if r["context"] == c]) for c in sorted({r["context"] for r in records})},
-        distractors={g: by(few_or_many, [r for r in records if r["group"] == g]) for g in sorted(set(map(group, records)))})
+        groups=by_group(records), ops={str(op): v for op, v in by(lambda r: r["op"]).items()},
+        contexts={c: by_group([r for r in records if r["context"] == c]) for c in sorted({r["context"] for r in records})},
+        distractors={g: by(few_or_many, [r for r in records if r["group"] == g]) for g in sorted({r["group"] for r in records})})
     first, last = f"pass@{args.k[0]} interval", f"pass@{args.k[-1]} interval"
     edge = [int(op) for op, v in summary["ops"].items() if v["verified"][first][1] < 0.5 and v["verified"][last][0] > 0.05]
     return summary | dict(edge=[min(edge), max(edge)] if edge else None)
@@ -368,7 +399,7 @@ def differences(records, others, args):
         right, theirs_right = ([r["right"]["verified"] for r in rs] for rs in (mine, theirs))
         hacked = np.subtract(*[[r["hacked"] / args.n for r in rs] for rs in (mine, theirs)])
         out[name] = estimates(args.k, lambda k: pass_at_k(args.n, right, k) - pass_at_k(args.n, theirs_right, k),
-                              in_parts(mine, args.weights), low=-1) | {
+                              in_parts(mine, args), low=-1) | {
             "hacked": float(hacked.mean()), "hacked interval": interval(hacked, low=-1).tolist()}
     return out
 
@@ -412,10 +443,12 @@ def signs(result, ks, changes=None, metrics=()):
 
 
 def made_from(checkpoint, loaded):
-    """The path of that of the loaded checkpoints which this one was made from, or else of the first, unless this is the first."""
+    """The path of that of the loaded checkpoints which this one was made from, or else of the first, unless this is the first
+    or one of the two is ours and the other is not."""
     run, (first, its_checkpoint, *_) = checkpoint["recipe"].get("init_run"), loaded[0]
     found = [path for path, other, *_ in loaded if run and other.get("run") == run]
-    return found[0] if found else None if checkpoint is its_checkpoint else first
+    strangers = (checkpoint.get("stage") == "another's") != (its_checkpoint.get("stage") == "another's")
+    return found[0] if found else None if checkpoint is its_checkpoint or strangers else first
 
 
 def another_init(checkpoint, loaded):
@@ -431,13 +464,13 @@ def table(results, args):
     ks, some = [f"pass@{k}" for k in args.k], next(iter(results.values()))
 
     def short(x, sign=""):
-        return f"{x:{sign}.3f}".replace("0.", ".")
+        return re.sub(r"^([+-]?)0\.", r"\1.", f"{x:{sign}.3f}")
 
     def cell(numbers, k, sign=""):
         return "{} [{} {}]".format(*(short(x, sign) for x in (numbers[k], *numbers[f"{k} interval"])))
 
     def line(title, cells):
-        return f"{title:<10}" + "".join(f"{c:>20}" for c in cells)
+        return f"{title:<10}" + "".join(f" {c:>20}" for c in cells)
 
     if len(results) == 1:
         columns, loss = [("verified", k) for k in ks] + [("strict", ks[0]), ("outcome", ks[0])], ["loss"] * args.loss
@@ -447,7 +480,7 @@ def table(results, args):
                                  + [short(v[name]) for name in loss]) for key, v in some[section].items())]
         return "\n".join(lines)
     ks = list(dict.fromkeys((ks[0], ks[-1])))
-    width = 20 * len(ks)
+    width = 21 * len(ks)
     lines = [" " * 10 + "".join(f"{name[2 - width:]:>{width}}" for name in results), line("", ks * len(results))]
     no_reasoning = ", ".join(f"{group} {short(v['baseline'])}" for group, v in some["groups"].items())
     for verdict, section, title in (("verified", "ops", "op "), ("verified", "groups", ""), ("strict", "groups", ""),
@@ -456,7 +489,8 @@ def table(results, args):
         lines += [line(title + key, [cell(r[section][key][verdict], k) for r in results.values() for k in ks])
                   for key in some[section]]
     for section, title in (("ops", "op "), ("groups", "")) if args.loss else ():
-        lines += ["", "loss of the gold solutions, nats a token"]
+        mixed = len({r["stage"] == "another's" for r in results.values()}) > 1
+        lines += ["", "loss of the gold solutions, nats a token" + " (their tokens differ: compare down a column only)" * mixed]
         lines += [line(title + key, [short(r[section][key]["loss"]) if k == ks[0] else "" for r in results.values() for k in ks])
                   for key in some[section]]
     for key, title in (("against_first", "the first"), ("against_previous", "the one before")):
@@ -497,7 +531,8 @@ def show(all_records, count):
                 if step.startswith("Answer: "):
                     name, work, its_gold = "answer", step.removeprefix("Answer: "), str(problems[j]["answer"])
                 else:
-                    work, its_gold = (t.partition("; ")[2].replace("so ", "").rstrip(". ") for t in (work, gold.get(name, "")))
+                    work, its_gold = ((text.partition("; ")[2] or text).replace("so ", "").rstrip(". ")
+                                      for text in (work, gold.get(name, "")))
                 lines.append((right, work or "-", its_gold or "-", name, f"  <- {why.replace(f': {name}', '')}" if why else ""))
             width = [max(len(line[column]) for line in lines) for column in (1, 2)]
             for i, (right, work, its_gold, name, why) in enumerate(lines):
@@ -659,12 +694,18 @@ def report(results, args):
 def main():
     args = arguments()
     if args.curves:
-        plot_curves(args.runs, args.curves)
+        if rank() == 0:
+            plot_curves(args.runs, args.curves)
         return say(f"figure: {args.curves}")
     device, precision = set_up(args)
     if args.plot and not importlib.util.find_spec("matplotlib"):
         say("--plot needs matplotlib (pip install matplotlib): there will be no figure")
         args.plot = None
+    if args.weights:
+        args.notes.append(f"the verdicts on ID are weighted, {', '.join(map(str, args.weights))} from easy to hard; what else is "
+                          "said of it is not")
+    for note in args.notes:
+        say(note)
     n_problems = sum(map(len, args.problem_rows.values()))
     say(f"{n_problems} {f'problems of {args.data}' if args.data else 'held-out problems'}, op {min(args.problem_rows)}-"
         f"{max(args.problem_rows)}, {args.n} samples each at temperature {args.temperature:g}, mean of {args.distractors:g} "

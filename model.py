@@ -332,7 +332,7 @@ def draw(logits, temperature, uniform):
 def sample_naive(model, prompts, stop, n=1, max_new=256, temperature=1.0, generator=None):
     """`sample` without a cache: the model reads the whole text again for every token. Slow; the tests compare with it.
 
-    Arguments and results are those of `sample`, up to rounding. It spends random numbers in another order. So for one seed
+    Arguments (with one token for stop) and results are those of `sample`, up to rounding. It spends random numbers in another order. So for one seed
     only greedy tokens are the same; at other temperatures only their distribution is.
     """
     tokens, logprobs = [], []
@@ -724,20 +724,26 @@ def read_hf(folder):
             raise ValueError(f"{folder}/{name} is not a JSON object")
         return found
 
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder} is no folder")
     config, index = read_json("config.json"), read_json("model.safetensors.index.json")
     generation, ours = read_json("generation_config.json"), read_json(OURS)
     for name in "config.json", "tokenizer.json":
         if not os.path.isfile(os.path.join(folder, name)):
             raise ValueError(f"{folder} has no {name}: it is not a Hugging Face folder of a model with its tokenizer")
     try:
-        state, files = {}, sorted(set(index.get("weight_map", {"": "model.safetensors"}).values()))
-        for name in files:
+        tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+    except Exception:  # a plain one
+        raise ValueError(f"{folder}/tokenizer.json cannot be read") from None
+    tokenizer.no_truncation(), tokenizer.no_padding()  # which a file may ask for
+    try:
+        one_file, state = os.path.isfile(os.path.join(folder, "model.safetensors")), {}
+        for name in ["model.safetensors"] if one_file or not index else sorted({*index["weight_map"].values()}):
             if os.path.basename(name) != name or not os.path.isfile(os.path.join(folder, name)):
                 raise ValueError(f"{folder} has no {name}")
             state |= load_file(os.path.join(folder, name))
         model = from_hf(config, state, folder)
-        tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
-        ends = generation.get("eos_token_id", config.get("eos_token_id"))
+        ends = config.get("eos_token_id") if generation.get("eos_token_id") is None else generation["eos_token_id"]
         ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
         positions = config.get("max_position_embeddings", 2 ** 31)
         if not all(type(n) is int for n in (*ends, positions)):
@@ -746,10 +752,8 @@ def read_hf(folder):
         raise ValueError(f"{folder}: the weights are cut off, or are no safetensors") from None
     except (KeyError, TypeError, AttributeError, ZeroDivisionError):
         raise ValueError(f"{folder}/config.json does not describe a Qwen2") from None
-    except ValueError:
-        raise
-    except Exception:  # tokenizers raises plain ones
-        raise ValueError(f"{folder}/tokenizer.json cannot be read") from None
+    if not all(0 <= end < model.config.vocab_size for end in ends):
+        raise ValueError(f"{folder}: an end of text, {ends}, is no token of the model, which has {model.config.vocab_size}")
     return Folder(model, tokenizer, ends, positions, ours or None)
 
 
@@ -768,16 +772,17 @@ The prompt is `<question> PROBLEM QUESTION </question> <solution>`, see data.py.
 """
 
 
-def write_hf(checkpoint, folder, path="the checkpoint"):
+def write_hf(path, folder):
     """Write a checkpoint of a stage as a Hugging Face folder. Raises ValueError, OSError."""
     import data  # here alone: for the tokens
     from transformers import Qwen2Config, Qwen2ForCausalLM
-    model, end = build_model(checkpoint, path), data.tokenizer().encode_single_token(data.END)
-    config, state = to_hf(model, end)
+    checkpoint, model = read_trained(path, data.VOCABULARY)
+    ours = {name: checkpoint[name] for name in "stage config id_ops id_ranges recipe run step problems tokens".split()
+            if name in checkpoint}
+    config, state = to_hf(model, data.tokenizer().encode_single_token(data.END))
     theirs = Qwen2ForCausalLM(Qwen2Config(**config))
     theirs.load_state_dict(state)
     theirs.save_pretrained(folder)
-    ours = {name: checkpoint[name] for name in "stage config id_ops id_ranges recipe run step problems tokens".split()}
     card = CARD.format(params=model.n_params() / 1e6, stage=ours["stage"], step=ours["step"], problems=ours["problems"],
                        low=ours["id_ops"][0], high=ours["id_ops"][1], recipe=json.dumps(ours["recipe"], indent=1))
     for name, content in {"tokenizer.json": data.hf_tokenizer(), "tokenizer_config.json": data.hf_tokenizer_config(), OURS: ours,
@@ -791,25 +796,30 @@ def main():
                                 usage="%(prog)s CKPT --to-hf DIR | DIR --from-hf CKPT")
     p.add_argument("source", help="a checkpoint, e.g. out/pretrain.pt, or a folder that --to-hf wrote")
     way = p.add_mutually_exclusive_group(required=True)
-    way.add_argument("--to-hf", metavar="DIR", help="folder to write, for transformers and vLLM: weights, config, tokenizer, card")
+    way.add_argument("--to-hf", metavar="DIR", help="folder to write, for transformers: weights, config, tokenizer, model card")
     way.add_argument("--from-hf", metavar="CKPT", help="checkpoint to write, for evaluate.py and as --init of a stage")
     args = p.parse_args()
     with one_line_errors(p):
         if args.from_hf is not None:
-            check_outputs(args.from_hf)
+            import data  # for the fingerprint of its tokens
             folder = read_hf(args.source)
             if folder.ours is None:
                 raise ValueError(f"{args.source} is no folder of ours, it lacks {OURS}: evaluate.py can score it as it is")
+            check_trained(folder.ours, args.source, data.VOCABULARY)
             checkpoint = folder.ours | dict(model=folder.model.state_dict())
-            build_model(checkpoint, args.source)  # the config may be another
+            build_model(checkpoint | dict(config=checkpoint.get("config", {})), args.source)  # its config may be another
+            if os.path.exists(args.from_hf):
+                raise ValueError(f"{args.from_hf} is there already: move it away, or give another name")
+            check_outputs(args.from_hf)
             save_checkpoint(args.from_hf, checkpoint)
             say(f"wrote {args.from_hf}")
         else:
             if not importlib.util.find_spec("transformers"):
                 raise ValueError("this needs transformers: pip install transformers")
-            if os.path.exists(args.to_hf) and not os.path.isdir(args.to_hf):
-                raise ValueError(f"--to-hf {args.to_hf} is there already, and is no folder")
-            write_hf(load_checkpoint(args.source), args.to_hf, args.source)
+            if os.path.exists(args.to_hf) and not (os.path.isdir(args.to_hf) and (
+                    not os.listdir(args.to_hf) or os.path.exists(os.path.join(args.to_hf, OURS)))):
+                raise ValueError(f"--to-hf {args.to_hf} is there already, and is no folder that --to-hf wrote")
+            write_hf(args.source, args.to_hf)
             say(f"wrote {args.to_hf}; AutoModelForCausalLM and AutoTokenizer read it, and evaluate.py")
 
 
@@ -958,8 +968,8 @@ def with_sizes(presets):
     """PRESETS of a stage with those for the other sizes of model, by size: the settings of 100m with learning rates that go with
     1 / width, as muP (arXiv 2203.03466, table 8) has it for the matrices of hidden layers and Adam. They were never run."""
     of_100m = presets["100m"]
-    return {size: presets.get(size, of_100m | {name: float(f"{of_100m[name] * 768 / config.width:.2g}") for name in ("lr", "min_lr")})
-            for size, config in CONFIGS.items()}
+    return {size: presets.get(size, of_100m | {name: float(f"{of_100m[name] * 768 / config.width:.2g}")
+                                               for name in ("lr", "min_lr")}) for size, config in CONFIGS.items()}
 
 
 def n_cores(cgroup="/sys/fs/cgroup"):
@@ -1268,7 +1278,7 @@ def check_outputs(*paths, inputs=()):
     for path in paths:
         if not path or path.endswith("/") or os.path.exists(path) and not os.path.isfile(path):
             raise ValueError(f"{path!r} is no name for a file")
-        if os.path.realpath(path) in map(os.path.realpath, inputs):
+        if any(f"{os.path.realpath(path)}/".startswith(f"{os.path.realpath(of)}/") for of in inputs):  # it, or in a folder
             raise ValueError(f"writing {path} would overwrite an input")
         os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
         probe = f"{os.path.realpath(path)}.{os.getpid()}.part"
@@ -1330,7 +1340,9 @@ def read_edge(path, checkpoint, run):
     """The op range that evaluate.py named as the edge of this checkpoint, of the run of that id. Raises ValueError."""
     try:
         with open(path, encoding="utf-8") as f:
-            edge, = [c["edge"] for c in json.load(f)["checkpoints"].values() if c.get("run") == run]
+            edge, *others = [c["edge"] for c in json.load(f)["checkpoints"].values() if c.get("run") == run]
+            if any(other != edge for other in others):  # the same may be there twice, as a folder, too
+                raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"--ops edge needs {checkpoint}, as it is now, in {path}: run python evaluate.py {checkpoint}") from None
     if edge is None:
@@ -1504,7 +1516,7 @@ def run_script(main):
                  "--rows, and all with a smaller model, such as that of --preset tiny")
     finally:
         write(sys.stdout), write(sys.stderr)  # now, since the interpreter would complain
-    if n_ranks() > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

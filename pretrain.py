@@ -75,7 +75,8 @@ def arguments():
         args.late_mix = args.mix if args.late_mix is None else data.parse_mixture(args.late_mix).spec
         args.late_distractors = args.distractors if args.late_distractors is None else args.late_distractors
         args.vocab_size, args.vocabulary = data.VOCAB_SIZE, data.VOCABULARY
-        shape = {name: x if getattr(args, name) is None else getattr(args, name) for name, x in asdict(CONFIGS[args.preset]).items()}
+        shape = asdict(CONFIGS[args.preset])
+        shape |= {name: getattr(args, name) for name in shape if getattr(args, name, None) is not None}
         fill_from_preset(args, PRESETS[args.preset] | shape, Config(**shape))
         [data.World(mean, args.max_parents, args.max_value) for mean in (args.distractors, args.late_distractors)]  # may refuse
         if args.width % (2 * args.n_heads) or args.n_heads % args.n_kv_heads:

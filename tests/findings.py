@@ -487,7 +487,8 @@ def table(numbers, labels, measures, paper):
 def plot_over_k(axes, numbers, labels, stages, ks):
     """Pass@k over k, a panel a region, a line a model: the mean over the seeds, and a band from worst to best."""
     for ax, region in zip(axes, numbers):
-        for (model, label), color in zip(labels.items(), (COLORS["pretrain"], "tab:green", COLORS["grpo"], "tab:purple")):
+        for (model, label), color in zip(labels.items(), (COLORS["pretrain"], "tab:green", COLORS["grpo"], "tab:purple"),
+                                           strict=True):
             levels = {int(k[5:]): numbers[region][model][k]["level"] for k in ks}
             worst, mean, best = zip(*[(min(v["seeds"]), v["mean"], max(v["seeds"])) for v in levels.values()])
             ax.plot([*levels], mean, "--o" if model == "base" else "-o", color=color, markersize=4, label=label)

@@ -111,7 +111,7 @@ def test_groups_of_ops():
 
 ENC = data.tokenizer()
 STOP = ENC.encode_single_token(data.END)
-READER = evaluate.Reader(lambda text: data.encode(ENC, text), lambda ids: data.decode(ENC, ids), [STOP], data.VOCAB_SIZE, None)
+READER = evaluate.Reader(lambda text: data.encode(ENC, text), lambda ids: data.decode(ENC, ids), [STOP], [STOP], data.VOCAB_SIZE, None)
 
 
 def right(row):
@@ -349,7 +349,7 @@ def test_samples_are_written_with_their_verdicts(known, tmp_path):
 def test_weights_are_for_the_thirds_of_id(known):
     """By hand: three ops of three problems each; the interval of a sum of independent parts."""
     known.problems = {op: known.problems[op] for op in (3, 12, 13)}
-    known.args.weights, known.args.id_ranges = [0.2, 0.3, 0.5], {"zoo": [3, 13]}
+    known.args.weights, known.args.id_ranges, known.args.id_ops = [0.2, 0.3, 0.5], {"zoo": [3, 17]}, [3, 17]  # 3-7, 8-12, 13-17
     records = evaluate.evaluate(None, READER, known.problems, known.args, "cpu", nullcontext())
     numbers = evaluate.summarize(records, known.args)["groups"]["ID"]
     parts = [np.array(counts(1, [op])) / 4 for op in (3, 12, 13)]
@@ -361,8 +361,10 @@ def test_weights_are_for_the_thirds_of_id(known):
         assert numbers["verified"]["pass@1 interval"][i] == pytest.approx(expected + sign * distance)
     change = evaluate.differences(records, records, known.args)["ID"]
     assert change["pass@1"] == 0 and change["pass@1 interval"][0] < 0 < change["pass@1 interval"][1]
-    assert evaluate.in_parts(records, [0.2, 0.3, 0.5]) == [(0.2, [0, 1, 2]), (0.3, [3, 4, 5]), (0.5, [6, 7, 8])]
-    assert evaluate.in_parts(records, None) == evaluate.in_parts(records[:3], [0.5, 0.5]) == []
+    assert evaluate.in_parts(records, known.args) == [(0.2, [0, 1, 2]), (0.3, [3, 4, 5]), (0.5, [6, 7, 8])]
+    assert evaluate.in_parts(records[:3], known.args) == evaluate.in_parts([{**records[0], "group": "OOD-edge"}], known.args) == []
+    known.args.weights = None
+    assert evaluate.in_parts(records, known.args) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -607,13 +609,26 @@ def test_rows_of_other_modes_are_left_out_or_refused(trained, tmp_path):
         return run(tmp_path, "evaluate.py", trained / "a.pt", *"--n 2 --k 2 --problems 3 --data".split(), f"{name}.jsonl", *options)
 
     result = evaluate_rows("mixed")
-    assert result.code == 0 and "1 of 3 rows are left out" in result.err, result
-    assert "fewer than --problems 3 rows: op 3 2" in result.out and "2 problems of mixed.jsonl" in result.out
+    assert result.code == 0 and "1 of 3 rows are left out, that are not forward problems" in result.out, result
+    assert "fewer rows than --problems 3: op 3 2" in result.out and "2 problems of mixed.jsonl" in result.out
     assert_refused(evaluate_rows("mixed", "--strict-rows"), "1 rows that are not forward")
     assert_refused(evaluate_rows("others"), "2 rows that are not forward")
     assert evaluate_rows("old", "--strict-rows").code == 0
     assert_refused(evaluate_rows("latin"), "latin.jsonl line 1")
     assert_refused(evaluate_rows("utf16"), "utf16.jsonl line 1")
+
+
+def test_rows_without_an_id_and_of_several_lines_are_shown(trained, tmp_path):
+    row = data.make_row(0, data.parse_mixture("zoo:3"))
+    del row["id"]
+    row["solution"] = row["solution"].replace(". ", ".\n")
+    other = data.make_row(1, data.parse_mixture("zoo:3"))
+    (tmp_path / "rows.jsonl").write_text("\n\n".join(map(json.dumps, [other, row])))
+    result = run(tmp_path, "evaluate.py", trained / "a.pt", *"--n 2 --k 2 --data rows.jsonl --show 9 --context zoo".split())
+    assert result.code == 0 and result.out.count("\n--- ") == 2, result
+    broken = {**row, "solution": "?"}
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [{**other, "template": "teachers_in_school"}, broken])))
+    assert_refused(run(tmp_path, "evaluate.py", trained / "a.pt", *"--n 2 --k 2 --data rows.jsonl --context zoo".split()), "row 2")
 
 
 def test_without_arguments_it_reads_what_the_stages_wrote(trained, tmp_path):
@@ -693,7 +708,9 @@ def test_curves_of_the_command(trained, tmp_path):
     assert result.code == 0 and (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "e.json").read_text() == "kept"  # it evaluates nothing
     (tmp_path / "a.pt").write_bytes((trained / "a.pt").read_bytes())
-    assert_refused(run(tmp_path, "evaluate.py", "a.pt", "--curves", "d.png"), "a.jsonl")
+    for content in None, '{"step": 1}\n', '{"step": 1, "groups": {}}\n':
+        (tmp_path / "a.jsonl").write_text(content) if content else None
+        assert_refused(run(tmp_path, "evaluate.py", "a.pt", "--curves", "d.png"), "a.jsonl")
     assert not (tmp_path / "d.png").exists()
 
 
@@ -734,7 +751,8 @@ BAD = [  # arguments, words in the last line
     ("a.svg --plot a.svg", "overwrite"), ("tokens.pt", "tokens"), ("a.pt --nope", "--nope"),
     ("a.pt --samples a.jsonl", "overwrite"), ("a.pt --samples cut.pt", ".jsonl"), ("a.pt --curves cut.pt", ".png"),
     ("a.pt --data rows.jsonl --samples rows.jsonl", "overwrite"), ("a.pt --weights 0.5,0.6", "add up to 1"),
-    ("a.pt --weights -0.5,1.5", "--weights"), ("a.pt --weights 0.5,0.5", "ID has 1 ops"), ("folder", "config.json"),
+    ("a.pt --weights -0.5,1.5", "--weights"), ("a.pt --weights 0.5,0.5", "not all here"),
+    ("a.pt --strict-rows", "--data"), ("a.pt --curves c.png --plot p.png --loss", "no --plot, --loss"), ("a.pt --id-ops 2-3", "folders of other"), ("folder", "config.json"),
 ]
 
 
