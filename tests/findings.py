@@ -316,7 +316,8 @@ def judge(claims, estimates, against, k, margin):
             mean, low, high = over_seeds(of_seeds)
             n_seeds.add(len(of_seeds))
             who = " ".join(f"{'+-'[w < 0]} {name}" for name, w in weights.items()).removeprefix("+ ")
-            evidence.append(f"{who}, {region}, {measure or k}: {mean:+.3f} [{low:+.3f}, {high:+.3f}]")
+            least, most = (sum(w for w in weights.values() if (w > 0) == positive) for positive in (False, True))
+            evidence.append(f"{who}, {region}, {measure or k}: {mean:+.3f} [{max(low, least):+.3f}, {min(high, most):+.3f}]")
             low, high = (low, high) if sign > 0 else (-high, -low)
             return 1 if low > 0 else -1 if high < margin else 0
 
