@@ -83,6 +83,7 @@ class Job(NamedTuple):
 #     evaluate   options of an evaluation, by its name
 #     tables     the evaluations that get a table each; claims are judged by the last
 #     regions    parts of a table, by name: ops, and the evaluation that they are from if it is not that of the table
+#     drawn      the regions in the figure
 
 EARLY = {"tiny": 4500, "100m": 14_250, "quick": 150}  # three quarters of the steps of pre-training
 QUICK = "--preset tiny --n-layers 1 --width 32 --n-heads 2 --n-kv-heads 1 --mlp 64 --batch 8 --save-every 20 --show 0"
@@ -123,7 +124,7 @@ def edge(preset):
         models={"base": base(preset)} | {name: Model("base", f"{RL[preset]} --ops {ops} {options}", 11, f"RL on op {ops}")
                                          for name, ops in arms.items()},
         evaluate={t: f"{MANY[preset]} --temperature {t}" for t in ("1.0", "0.7")}, tables=("1.0", "0.7"), evaluate_minutes=1.4,
-        regions=GROUPS[preset] | {"past": "{}-{}".format(past, GROUPS[preset]["OOD-hard"].split("-")[1])})
+        regions=GROUPS[preset] | {"past": "{}-{}".format(past, GROUPS[preset]["OOD-hard"].split("-")[1])}, drawn=GROUPS[preset])
 
 
 # Each claim gets the function rises(model, region, measure, than, sign) of `judge`: 1 for yes, -1 for no, 0 for undecided. So
@@ -155,9 +156,11 @@ def seeding(preset):
         models[f"base {share}"] = Model(None, f"pretrain.py {pretrain} --mix {mix}", 10, f"{percent}, base")
         models[f"rl {share}"] = Model(f"base {share}", f"{RL[preset]} --mix zoo:{ops}:0.5,school:{ops}:0.5{rl}", 4,
                                       f"{percent}, RL")
+    one_op = {f"school op {op}": str(op) for op in (2, 3, 4, 5, 6, 10, 14, 20) if op <= M}
     return dict(models=models, tables=("school",), evaluate_minutes=0.2,
                 evaluate={context: f"{FEWER[preset]} --context {context} --ops {ops}" for context in ("school", "zoo")},
-                regions={f"school op {m}": str(m), "school, higher ops": f"{m + 1}-{M}", "zoo": (ops, "zoo")})
+                regions=one_op | {"school, higher ops": f"{m + 1}-{M}", "zoo": (ops, "zoo")},
+                drawn=(f"school op {m}", "school, higher ops", "zoo"))
 
 
 SEEDING_CLAIMS = {
@@ -178,7 +181,8 @@ def budget(preset):
     for size, tokens in zip(("small", "large"), budgets):
         for share in SHARES:
             models |= within_budget(preset, f"{size} {share}", "base", tokens, share, f"{tokens} tokens, RL {float(share):.0%}")
-    return dict(models=models, evaluate={"0.7": FEWER[preset]}, tables=("0.7",), evaluate_minutes=0.5, regions=GROUPS[preset])
+    return dict(models=models, evaluate={"0.7": FEWER[preset]}, tables=("0.7",), evaluate_minutes=0.5, regions=GROUPS[preset],
+                drawn=GROUPS[preset])
 
 
 BUDGET_CLAIMS = {
@@ -204,7 +208,7 @@ def reward(preset):
         models={"base": base(preset)} | {name: Model("base", f"{RL[preset]} {options} --reward {reward}", 8, name)
                                          for name, reward in REWARDS.items()},
         evaluate={"0.7": FEWER[preset]}, tables=("0.7",), evaluate_minutes=0.5,
-        regions=GROUPS[preset] | {"all": f"{first}-{last}"})
+        regions=GROUPS[preset] | {"all": f"{first}-{last}"}, drawn=[*GROUPS[preset], "all"])
 
 
 REWARD_CLAIMS = {
@@ -238,7 +242,8 @@ def questions(preset):
         for share in ("0.2", "0.8"):
             label = f"{'smaller, ' * (init == 'smaller')}{tokens} tokens, RL {float(share):.0%}"
             models |= within_budget(preset, f"{init} {share}", init, tokens, share, label, 1.25e6 if init == "base" else 2.5e6)
-    return dict(models=models, evaluate={"0.7": FEWER[preset]}, tables=("0.7",), evaluate_minutes=0.5, regions=GROUPS[preset])
+    return dict(models=models, evaluate={"0.7": FEWER[preset]}, tables=("0.7",), evaluate_minutes=0.5, regions=GROUPS[preset],
+                drawn=GROUPS[preset])
 
 
 QUESTION_CLAIMS = {
@@ -591,7 +596,7 @@ def report(args, finding, settings, minutes):
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        drawn = {region: of_region for region, of_region in results[tables[-1]].items() if region != "past"}
+        drawn = {region: of_region for region, of_region in results[tables[-1]].items() if region in settings["drawn"]}
         width, height = (3, 3.6) if finding["plot"] is plot_over_k else (3.4, 1.2 + 0.3 * len(labels))
         figure, axes = plt.subplots(1, len(drawn), figsize=(width * len(drawn), height), sharey=True, squeeze=False,
                                     constrained_layout=True)
@@ -619,9 +624,11 @@ FINDINGS = {
         settings=seeding, claims=SEEDING_CLAIMS, margin=0.05, measures=("outcome", "named"), plot=plot_arms,
         title="RL carries reasoning into a context that pre-training has seeded",
         note="\"outcome\" is the share of samples with the right answer, \"named\" of those that define a quantity that is needed.",
-        paper={}, paper_says="pass@128 in the second context after RL, at op 2, 3, 4, 6, 10, 14, 20: with 0 % always 0; with 0.1 % 1, "
-        ".32, .08, .02, 0, 0, 0; with 1 % 1, .98, .99, .98, .92, .77, .61; with 10 % 1, .99, .99, .99, .96, .85, .68 (read off its "
-        "figures)."),
+        paper={(f"school op {op}", f"rl {share}"): ("", pass_at_128) for share, of_share in {
+            "0": ("0",) * 7, "0.001": ("1", ".32", ".08", ".02", "0", "0", "0"),
+            "0.01": ("1", ".98", ".99", ".98", ".92", ".77", ".61"), "0.1": ("1", ".99", ".99", ".99", ".96", ".85", ".68")}.items()
+            for op, pass_at_128 in zip((2, 3, 4, 6, 10, 14, 20), of_share)},
+        paper_says="pass@128 read off its figures; it saw op 2-20 of the first context, and op 2 of the second."),
     "budget": dict(
         settings=budget, claims=BUDGET_CLAIMS, margin=0.02, measures=(), plot=plot_arms,
         title="A budget shared between mid-training and RL",
