@@ -249,7 +249,8 @@ def questions(preset):
 QUESTION_CLAIMS = {
     "A curriculum over all ops beats the same ops evenly (edge, pass@1)": lambda rises: rises(
         "curriculum", "OOD-edge", "pass@1", than="uniform"),
-    "A curriculum over all ops beats RL on the edge alone (edge, pass@1)": lambda rises: rises("curriculum", "OOD-edge", "pass@1", than="static"),
+    "A curriculum over all ops beats RL on the edge alone (edge, pass@1)": lambda rises: rises(
+        "curriculum", "OOD-edge", "pass@1", than="static"),
     "A judge with false negatives is better than one with false positives (edge, pass@1)": lambda rises: rises(
         "negatives", "OOD-edge", "pass@1", than="positives"),
     "Mistakes in mid-training still cost after RL (edge, pass@1)": lambda rises: rises(
@@ -376,7 +377,8 @@ def fingerprint(job, preset):
         runs = [load_checkpoint(path).get("run") for path in (*job.needs, job.out) if path.endswith(".pt")]
     except ValueError:
         return None
-    presets, size = getattr(importlib.import_module(job.command[0].removesuffix(".py")), "PRESETS", {}), preset.replace("quick", "tiny")
+    stage, size = importlib.import_module(job.command[0].removesuffix(".py")), preset.replace("quick", "tiny")
+    presets = getattr(stage, "PRESETS", {})
     text = str([job.command, presets.get(size), CONFIGS[size], runs])
     return hashlib.sha256(text.encode()).hexdigest() if all(map(os.path.exists, (job.out, *job.kept))) else None
 
@@ -614,7 +616,8 @@ def report(args, finding, settings, minutes):
 
 FINDINGS = {
     "edge": dict(
-        settings=edge, claims=EDGE_CLAIMS, margin=0.05, measures=(), plot=plot_over_k, title="RL adds ability at the edge of competence",
+        settings=edge, claims=EDGE_CLAIMS, margin=0.05, measures=(), plot=plot_over_k,
+        title="RL adds ability at the edge of competence",
         note="\"past\": the ops past the RL data at the edge.",
         paper={  # region, model: pass@1, pass@128
             ("ID", "base"): (".831", ".993"), ("ID", "edge"): (".826", ".982"), ("OOD-edge", "base"): (".17", ".44"),
