@@ -46,6 +46,9 @@ CHAIN = ("out/pretrain.pt", "out/midtrain.pt", "out/grpo.pt")
 COLORS = dict(pretrain="black", midtrain="tab:blue", grpo="tab:orange")  # of a stage, in every figure
 MORE_COLORS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:red")
 
+# ----------------------------------------------------------------------------------------------------------------------
+# the numbers
+
 
 def pass_at_k(n, c, k):
     """Unbiased estimate of the chance that at least one of k samples is right, from c right ones of n.
@@ -78,17 +81,6 @@ def estimates(ks, values, parts=(), **bounds):
     return out
 
 
-def in_parts(records, args):
-    """[(weight, numbers of the records)] for --weights: the ops of ID, m to M, in as many parts as there are weights, from easy to
-    hard; as in arXiv 2512.07783, where op 2-4, 5-7, 8-10 have .2, .3, .5. Empty without weights, if these are not the records
-    of ID, and for a context without some of the parts."""
-    if not args.weights or not all(r["group"] == "ID" for r in records):
-        return []
-    ops = np.array_split(range(args.id_ops[0], args.id_ops[1] + 1), len(args.weights))
-    parts = [(weight, [i for i, r in enumerate(records) if r["op"] in some]) for weight, some in zip(args.weights, ops)]
-    return parts if all(part for _, part in parts) else []
-
-
 def group_of(op, id_ops):
     """ID, OOD-edge or OOD-hard, from the op and the range [m, M] that pre-training saw of the context of the problem.
 
@@ -102,101 +94,19 @@ def group_of(op, id_ops):
     return next((name for name, (low, high) in data.op_groups(id_ops).items() if low <= op <= high), beyond)
 
 
-def context_of(row):
-    return data.TEMPLATE_TO_CONTEXT.get(row["template"], row["template"])
+def in_parts(records, args):
+    """[(weight, numbers of the records)] for --weights: the ops of ID, m to M, in as many parts as there are weights, from easy to
+    hard; as in arXiv 2512.07783, where op 2-4, 5-7, 8-10 have .2, .3, .5. Empty without weights, if these are not the records
+    of ID, and for a context without some of the parts."""
+    if not args.weights or not all(r["group"] == "ID" for r in records):
+        return []
+    ops = np.array_split(range(args.id_ops[0], args.id_ops[1] + 1), len(args.weights))
+    parts = [(weight, [i for i, r in enumerate(records) if r["op"] in some]) for weight, some in zip(args.weights, ops)]
+    return parts if all(part for _, part in parts) else []
 
 
-def integers(text):
-    """An argparse type: a list such as 1,8,128, sorted."""
-    return sorted({at_least(1)(k) for k in text.split(",")})
-
-
-def shares(text):
-    """An argparse type: 0.2,0.3,0.5, which add up to 1."""
-    found = [at_least(0.0)(share) for share in text.split(",")]
-    if not math.isclose(sum(found), 1, abs_tol=1e-6):
-        raise argparse.ArgumentTypeError(f"must add up to 1, got {text}")
-    return found
-
-
-def arguments():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                usage="%(prog)s [CKPT ...] [options]    (--help lists them)")
-    p.add_argument("checkpoints", nargs="*", metavar="CKPT", help=f"default: those of {', '.join(CHAIN)} that exist")
-    p.add_argument("--ops", help="op range (default: 2 to twice the largest op of pre-training)")
-    p.add_argument("--context", choices=[*data.CONTEXTS, "all"], help="of the problems (default: that of the first checkpoint)")
-    p.add_argument("--id-ops", help="what a folder of another project was pre-trained on, e.g. 2-10 (all contexts)")
-    p.add_argument("--data", help="take the problems from this JSONL file of rows")
-    p.add_argument("--strict-rows", action="store_true", help="refuse, not leave out, rows of --data that are not forward")
-    p.add_argument("--weights", type=shares, help="shares of easy, ..., hard ops in means of ID, e.g. 0.2,0.3,0.5")
-    p.add_argument("--n", type=at_least(1), help="samples a problem (128, on a CPU 16); torchrun needs -- before evaluate.py")
-    p.add_argument("--k", type=integers, help="k of pass@k (default 1,8,128, on a CPU 1,4,16)")
-    p.add_argument("--problems", type=at_least(1), help="problems per op (default 200, on a CPU 100)")
-    p.add_argument("--temperature", type=at_least(0.0), default=0.7, help="of sampling, as in the paper (default 0.7); 0: greedy")
-    add_world_options(p.add_argument_group("world of the problems (default: that of the first checkpoint)"))
-    p.add_argument("--seed", type=at_least(0), default=0, help="of the problems and of the sampling (default 0)")
-    p.add_argument("--json", default="out/eval.json", help="where to write the numbers (default out/eval.json)")
-    p.add_argument("--plot", metavar="PNG", help="draw pass@k over op, and over k (needs matplotlib)")
-    p.add_argument("--curves", metavar="PNG", help="draw the metrics beside the checkpoints, and evaluate nothing")
-    p.add_argument("--show", type=at_least(0), default=0, metavar="N", help="print N sampled solutions beside the gold ones")
-    p.add_argument("--samples", metavar="JSONL", help="write every sample with its problem and verdicts (2 KB each)")
-    p.add_argument("--loss", action="store_true", help="also the loss of the gold solutions, in nats a token")
-    p.add_argument("--rows", type=at_least(1), help="samples that run at a time, at most (default 6144, on a CPU 512)")
-    p.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
-    p.set_defaults(dtype=None, compile=False)
-    args = p.parse_args()
-    with one_line_errors(p):
-        complete(args)
-    return args
-
-
-def complete(args):
-    """Fill in defaults, read checkpoints and problems. Raises ValueError or OSError with a line for the user."""
-    choose_device(args)
-    on_gpu = args.device.startswith("cuda")
-    for name, gpu, cpu in (("n", 128, 16), ("problems", 200, 100), ("rows", 6144, 512)):
-        setattr(args, name, getattr(args, name) or (gpu if on_gpu else cpu))
-    args.k = args.k or [k for k in ((1, 8, 128) if on_gpu else (1, 4, 16)) if k <= args.n]
-    if args.k[-1] > args.n:
-        raise ValueError(f"pass@{args.k[-1]} needs 1 <= k <= n, but --n is {args.n}")
-    args.checkpoints = list(dict.fromkeys(args.checkpoints)) or [c for c in CHAIN if os.path.exists(c)]
-    if not args.checkpoints:
-        raise ValueError("there is no checkpoint in out/: run python pretrain.py first, or name one")
-    for name, kinds in dict(json=[".json"], samples=[".jsonl"], plot=FIGURES, curves=FIGURES).items():
-        path = getattr(args, name)
-        if path is not None and not path.endswith(tuple(kinds)):  # a checkpoint, say
-            raise ValueError(f"--{name} {path} must end in {' or '.join(kinds)}")
-    inputs = [*args.checkpoints, *map(metrics_of, args.checkpoints), *filter(None, [args.data])]
-    also = [f"--{name}" for name in ("plot", "samples", "show", "loss", "data", "weights") if getattr(args, name)]
-    if args.curves and also:
-        raise ValueError(f"--curves evaluates nothing: it takes no {', '.join(also)}")
-    if args.strict_rows and not args.data:
-        raise ValueError("--strict-rows is for the rows of --data")
-    if args.curves:
-        if not importlib.util.find_spec("matplotlib"):
-            raise ValueError("--curves needs matplotlib (pip install matplotlib)")
-        check_outputs(args.curves, inputs=inputs)
-        args.runs = {path: read_metrics(path) for path in args.checkpoints}
-        for path, rows in args.runs.items():
-            if not rows or not all(row.keys() >= (OF_RL if "groups" in rows[0] else {"loss", "val_loss"}) for row in rows):
-                raise ValueError(f"there are no metrics of a stage, as it is now, in {metrics_of(path)}")
-        return
-    args.loaded = [(path, *read(path, args.id_ops)) for path in args.checkpoints]
-    if args.id_ops and not any(reader.foreign for *_, reader in args.loaded):
-        raise ValueError("--id-ops is for folders of other projects: ours say what they were pre-trained on")
-    args.id_ops = args.loaded[0][1]["id_ops"]
-    args.id_ranges = data.seen_ops(args.loaded[0][1])
-    take_world(args, args.loaded[0][1]["recipe"], data.World())
-    args.context = args.context or ("all" if len(args.id_ranges) == len(data.CONTEXTS) else ",".join(args.id_ranges))
-    args.notes = []  # what to say before the work
-    args.problem_rows = problems_of(args)
-    for path, _, _, reader in args.loaded:
-        check_prompts(path, reader, args.problem_rows)
-    of_id = [dict(op=op, group="ID") for op, rows in args.problem_rows.items() for row in rows
-             if group_of(op, args.id_ranges.get(context_of(row))) == "ID"]
-    if args.weights and not in_parts(of_id, args):
-        raise ValueError(f"--weights has {len(args.weights)} shares, but ID, op {{}}-{{}}, is not all here".format(*args.id_ops))
-    check_outputs(args.json, *filter(None, [args.plot, args.samples]), inputs=inputs)
+# ----------------------------------------------------------------------------------------------------------------------
+# sampling and verifying
 
 
 class Reader(NamedTuple):
@@ -208,80 +118,6 @@ class Reader(NamedTuple):
     vocab_size: int
     positions: Optional[int]    # the longest text that it was made for, in tokens; None: any
     foreign: bool = False       # what it writes behind </answer> is cut off
-
-
-def read(path, id_ops):
-    """A checkpoint or a Hugging Face folder -> (checkpoint, model, Reader). Raises ValueError with a line for the user."""
-    if not os.path.isdir(path):
-        checkpoint, model = read_trained(path, data.VOCABULARY)
-        enc, end = data.tokenizer(), [data.tokenizer().encode_single_token(data.END)]
-        reader = Reader(partial(data.encode, enc), partial(data.decode, enc), end, end, model.config.vocab_size, None)
-        return checkpoint, model, reader
-    folder = read_hf(path)
-    size, after_answer = folder.model.config.vocab_size, folder.tokenizer.token_to_id("</answer>")
-
-    def encode(text):
-        return folder.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(ids):  # what is no token of the tokenizer is no text either
-        runs = itertools.groupby(ids, key=lambda i: folder.tokenizer.id_to_token(i) is not None)
-        return "".join(folder.tokenizer.decode([*run], skip_special_tokens=False) if known else "\ufffd" for known, run in runs)
-
-    if folder.ours and folder.ends:
-        check_trained(folder.ours, path, data.VOCABULARY)
-        return folder.ours, folder.model, Reader(encode, decode, folder.ends, folder.ends[:1], size, folder.positions)
-    if id_ops is None:
-        raise ValueError(f"{path} does not say what it was pre-trained on: give --id-ops, for instance --id-ops 2-10")
-    ops, stops = data.parse_ops(id_ops), [*folder.ends, *[after_answer] * (after_answer is not None)]
-    if not stops:
-        raise ValueError(f"{path} has no end of text: neither an eos_token_id nor a token </answer>")
-    id_ops = [ops[0], ops[-1]]
-    checkpoint = dict(stage="another's", id_ops=id_ops, id_ranges=dict.fromkeys(data.CONTEXTS, id_ops), recipe={})
-    return checkpoint, folder.model, Reader(encode, decode, stops, folder.ends[:1], size, folder.positions, True)
-
-
-def check_prompts(path, reader, problem_rows):
-    """Raises ValueError with a line for the user if the model cannot read a prompt."""
-    for op, rows in problem_rows.items() if reader.positions else ():
-        for ids in map(reader.encode, map(data.prompt_text, rows)):
-            if len(ids) >= reader.positions:
-                raise ValueError(f"{path} reads at most {reader.positions} tokens, but a prompt of op {op} has {len(ids)}: "
-                                 "lower --ops")
-            if max(ids) >= reader.vocab_size:
-                raise ValueError(f"{path}: its tokenizer makes token {max(ids)}, but the model has {reader.vocab_size}")
-
-
-def problems_of(args):
-    """{op: rows} of --data, or fresh ones of the eval split. Raises ValueError with a line for the user."""
-    if not args.data:
-        world = data.World(args.distractors, args.max_parents, args.max_value)
-        ops = data.parse_ops(args.ops or f"2-{min(2 * args.id_ops[1], data.MAX_OP)}")
-        mixtures = {op: data.parse_mixture(data.in_contexts(dict.fromkeys(args.context.split(","), op))) for op in ops}
-        # each op has numbers i of its own: the same i would mean the same context and number of distractors at every op
-        return {op: [data.make_row(op * 10 ** 6 + i, mixtures[op], args.seed, "eval", world) for i in range(args.problems)]
-                for op in ops}
-    whole = data.read_rows(args.data)
-    forward = [r for r in whole if r.get("mode", FORWARD) == FORWARD]
-    rows = [r for r in forward if args.context == "all" or context_of(r) in args.context.split(",")]
-    if len(forward) < len(whole) and (args.strict_rows or not forward):
-        raise ValueError(f"{args.data} has {len(whole) - len(forward)} rows that are not forward problems (mode {FORWARD})")
-    chosen = set(map(id, rows))
-    for n, row in enumerate(whole, 1):
-        try:
-            if id(row) in chosen:
-                verify(row["solution"], "")
-        except ValueError as error:
-            raise ValueError(f"{args.data} row {n}: {error}") from None
-    ops = {r["op"] for r in rows} & set(data.parse_ops(args.ops)) if args.ops else {r["op"] for r in rows}
-    if not ops:
-        raise ValueError(f"{args.data} has no rows with op {args.ops or 'of any size'}, context {args.context}")
-    problem_rows = {op: [r for r in rows if r["op"] == op][:args.problems] for op in sorted(ops)}
-    few = [f"op {op} {len(of_op)}" for op, of_op in problem_rows.items() if len(of_op) < args.problems]
-    for n, what in ((len(whole) - len(forward), "that are not forward problems"),
-                    (len(forward) - len(rows), f"of other contexts than {args.context}")):
-        args.notes += [f"{args.data}: {n} of {len(whole)} rows are left out, {what}"] * (n > 0)
-    args.notes += [f"{args.data}: fewer rows than --problems {args.problems}: {', '.join(few)}"] * bool(few)
-    return problem_rows
 
 
 def evaluate(model, reader, problem_rows, args, device, precision, progress=None):
@@ -330,6 +166,10 @@ def evaluate(model, reader, problem_rows, args, device, precision, progress=None
     return records
 
 
+def context_of(row):
+    return data.TEMPLATE_TO_CONTEXT.get(row["template"], row["template"])
+
+
 @torch.no_grad()
 def losses_of(model, prompts, solutions, device):
     """The mean loss of each solution after its prompt, lists of tokens, in nats a token."""
@@ -343,6 +183,10 @@ def losses_of(model, prompts, solutions, device):
         logprobs, _ = model.logprobs(x.to(device), torch.tensor(where, device=device), torch.tensor(targets, device=device))
         losses += [-float(part.mean()) for part in logprobs.split([len(solution) for _, solution in pairs])]
     return losses
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what the counts say: levels, changes, signs
 
 
 def summarize(records, args):
@@ -458,6 +302,10 @@ def another_init(checkpoint, loaded):
                  and other.get("run", init) != run), None)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# what is printed
+
+
 def table(results, args):
     """Text table, a line an op and a group. One checkpoint: every pass@k and verdict. Several: least and most k, and all but
     `verified` for groups only."""
@@ -501,18 +349,29 @@ def table(results, args):
     return "\n".join(lines)
 
 
-def metrics_of(path):
-    return path.removesuffix(".pt") + ".jsonl"
-
-
-def read_metrics(path):
-    """The rows that a stage logged beside this checkpoint; none if they cannot be read."""
-    try:
-        with open(metrics_of(path), encoding="utf-8") as f:
-            rows = [json.loads(line) for line in f if line.endswith("\n")]  # the last one may be half written
-        return rows if all("step" in row for row in rows) else []
-    except (OSError, ValueError, TypeError):
-        return []
+def report(results, args):
+    """Print what the table does not say: of each checkpoint the edge, the effect of distractors, what went wrong, and the signs."""
+    first = f"pass@{args.k[0]}"
+    for path, r in results.items():
+        bins = sorted({b for by_number in r["distractors"].values() for b in by_number})
+        if r["init_of_another_run"]:
+            say(f"warning: {path} was made from another run of {r['init_of_another_run']} than the one shown here")
+        say(f"{path}\n  edge (verified {first} surely below 0.5, pass@{args.k[-1]} surely above 0.05): "
+            + (f"op {r['edge'][0]}-{r['edge'][1]}" if r["edge"] else "none")
+            + f"\n  verified {first} with {', '.join(bins)} distractors: " + "; ".join(f"{group} " + " ".join(
+                f"{by_number[b]['verified'][first]:.2f}" if b in by_number else "-" for b in bins)
+                for group, by_number in r["distractors"].items()))
+        for group, numbers in r["groups"].items():
+            common = sorted(numbers["errors"].items(), key=lambda e: -e[1])[:4]
+            say(f"  {group}: right answer by wrong reasoning, {numbers['hacked']:.1%} of the right answers; cut off, "
+                f"{numbers['truncated']:.1%}; most frequent errors: "
+                + (", ".join(f"{name} {part:.0%}" for name, part in common) or "none"))
+        rl = [row for row in read_metrics(path) if "groups" in row]
+        found = signs(r, args.k, r.get("against_init"), rl)
+        if found:
+            say(f"  signs, against {r['init_here']}:" if "init_here" in r else "  signs:")
+        for sentence in found:
+            say(f"    {sentence}")
 
 
 def show(all_records, count):
@@ -541,6 +400,10 @@ def show(all_records, count):
             say()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# files and figures
+
+
 def write_samples(path, all_records):
     """A line of JSON a sample. gen_solution_answer, op, id, __idx and template are what the scorer of arXiv 2512.07783 reads."""
     lines = [json.dumps(dict(checkpoint=checkpoint, op=r["op"], context=r["context"], group=r["group"], id=r["row"].get("id"),
@@ -548,6 +411,20 @@ def write_samples(path, all_records):
                              question=r["row"]["question"], solution=r["row"]["solution"], gen_solution_answer=text, **verdict))
              for checkpoint, records in all_records.items() for r in records for j, (text, verdict) in enumerate(r["samples"])]
     write_whole(path, "\n".join(lines) + "\n")
+
+
+def metrics_of(path):
+    return path.removesuffix(".pt") + ".jsonl"
+
+
+def read_metrics(path):
+    """The rows that a stage logged beside this checkpoint; none if they cannot be read."""
+    try:
+        with open(metrics_of(path), encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f if line.endswith("\n")]  # the last one may be half written
+        return rows if all("step" in row for row in rows) else []
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def pyplot():
@@ -666,29 +543,179 @@ def plot_curves(runs, path):
     figure.savefig(path, dpi=150)
 
 
-def report(results, args):
-    """Print what the table does not say: of each checkpoint the edge, the effect of distractors, what went wrong, and the signs."""
-    first = f"pass@{args.k[0]}"
-    for path, r in results.items():
-        bins = sorted({b for by_number in r["distractors"].values() for b in by_number})
-        if r["init_of_another_run"]:
-            say(f"warning: {path} was made from another run of {r['init_of_another_run']} than the one shown here")
-        say(f"{path}\n  edge (verified {first} surely below 0.5, pass@{args.k[-1]} surely above 0.05): "
-            + (f"op {r['edge'][0]}-{r['edge'][1]}" if r["edge"] else "none")
-            + f"\n  verified {first} with {', '.join(bins)} distractors: " + "; ".join(f"{group} " + " ".join(
-                f"{by_number[b]['verified'][first]:.2f}" if b in by_number else "-" for b in bins)
-                for group, by_number in r["distractors"].items()))
-        for group, numbers in r["groups"].items():
-            common = sorted(numbers["errors"].items(), key=lambda e: -e[1])[:4]
-            say(f"  {group}: right answer by wrong reasoning, {numbers['hacked']:.1%} of the right answers; cut off, "
-                f"{numbers['truncated']:.1%}; most frequent errors: "
-                + (", ".join(f"{name} {part:.0%}" for name, part in common) or "none"))
-        rl = [row for row in read_metrics(path) if "groups" in row]
-        found = signs(r, args.k, r.get("against_init"), rl)
-        if found:
-            say(f"  signs, against {r['init_here']}:" if "init_here" in r else "  signs:")
-        for sentence in found:
-            say(f"    {sentence}")
+# ----------------------------------------------------------------------------------------------------------------------
+# settings, checkpoints, problems
+
+
+def integers(text):
+    """An argparse type: a list such as 1,8,128, sorted."""
+    return sorted({at_least(1)(k) for k in text.split(",")})
+
+
+def shares(text):
+    """An argparse type: 0.2,0.3,0.5, which add up to 1."""
+    found = [at_least(0.0)(share) for share in text.split(",")]
+    if not math.isclose(sum(found), 1, abs_tol=1e-6):
+        raise argparse.ArgumentTypeError(f"must add up to 1, got {text}")
+    return found
+
+
+def arguments():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                usage="%(prog)s [CKPT ...] [options]    (--help lists them)")
+    p.add_argument("checkpoints", nargs="*", metavar="CKPT", help=f"default: those of {', '.join(CHAIN)} that exist")
+    p.add_argument("--ops", help="op range (default: 2 to twice the largest op of pre-training)")
+    p.add_argument("--context", choices=[*data.CONTEXTS, "all"], help="of the problems (default: that of the first checkpoint)")
+    p.add_argument("--id-ops", help="what a folder of another project was pre-trained on, e.g. 2-10 (all contexts)")
+    p.add_argument("--data", help="take the problems from this JSONL file of rows")
+    p.add_argument("--strict-rows", action="store_true", help="refuse, not leave out, rows of --data that are not forward")
+    p.add_argument("--weights", type=shares, help="shares of easy, ..., hard ops in means of ID, e.g. 0.2,0.3,0.5")
+    p.add_argument("--n", type=at_least(1), help="samples a problem (128, on a CPU 16); torchrun needs -- before evaluate.py")
+    p.add_argument("--k", type=integers, help="k of pass@k (default 1,8,128, on a CPU 1,4,16)")
+    p.add_argument("--problems", type=at_least(1), help="problems per op (default 200, on a CPU 100)")
+    p.add_argument("--temperature", type=at_least(0.0), default=0.7, help="of sampling, as in the paper (default 0.7); 0: greedy")
+    add_world_options(p.add_argument_group("world of the problems (default: that of the first checkpoint)"))
+    p.add_argument("--seed", type=at_least(0), default=0, help="of the problems and of the sampling (default 0)")
+    p.add_argument("--json", default="out/eval.json", help="where to write the numbers (default out/eval.json)")
+    p.add_argument("--plot", metavar="PNG", help="draw pass@k over op, and over k (needs matplotlib)")
+    p.add_argument("--curves", metavar="PNG", help="draw the metrics beside the checkpoints, and evaluate nothing")
+    p.add_argument("--show", type=at_least(0), default=0, metavar="N", help="print N sampled solutions beside the gold ones")
+    p.add_argument("--samples", metavar="JSONL", help="write every sample with its problem and verdicts (2 KB each)")
+    p.add_argument("--loss", action="store_true", help="also the loss of the gold solutions, in nats a token")
+    p.add_argument("--rows", type=at_least(1), help="samples that run at a time, at most (default 6144, on a CPU 512)")
+    p.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
+    p.set_defaults(dtype=None, compile=False)
+    args = p.parse_args()
+    with one_line_errors(p):
+        complete(args)
+    return args
+
+
+def complete(args):
+    """Fill in defaults, read checkpoints and problems. Raises ValueError or OSError with a line for the user."""
+    choose_device(args)
+    on_gpu = args.device.startswith("cuda")
+    for name, gpu, cpu in (("n", 128, 16), ("problems", 200, 100), ("rows", 6144, 512)):
+        setattr(args, name, getattr(args, name) or (gpu if on_gpu else cpu))
+    args.k = args.k or [k for k in ((1, 8, 128) if on_gpu else (1, 4, 16)) if k <= args.n]
+    if args.k[-1] > args.n:
+        raise ValueError(f"pass@{args.k[-1]} needs 1 <= k <= n, but --n is {args.n}")
+    args.checkpoints = list(dict.fromkeys(args.checkpoints)) or [c for c in CHAIN if os.path.exists(c)]
+    if not args.checkpoints:
+        raise ValueError("there is no checkpoint in out/: run python pretrain.py first, or name one")
+    for name, kinds in dict(json=[".json"], samples=[".jsonl"], plot=FIGURES, curves=FIGURES).items():
+        path = getattr(args, name)
+        if path is not None and not path.endswith(tuple(kinds)):  # a checkpoint, say
+            raise ValueError(f"--{name} {path} must end in {' or '.join(kinds)}")
+    inputs = [*args.checkpoints, *map(metrics_of, args.checkpoints), *filter(None, [args.data])]
+    also = [f"--{name}" for name in ("plot", "samples", "show", "loss", "data", "weights") if getattr(args, name)]
+    if args.curves and also:
+        raise ValueError(f"--curves evaluates nothing: it takes no {', '.join(also)}")
+    if args.strict_rows and not args.data:
+        raise ValueError("--strict-rows is for the rows of --data")
+    if args.curves:
+        if not importlib.util.find_spec("matplotlib"):
+            raise ValueError("--curves needs matplotlib (pip install matplotlib)")
+        check_outputs(args.curves, inputs=inputs)
+        args.runs = {path: read_metrics(path) for path in args.checkpoints}
+        for path, rows in args.runs.items():
+            if not rows or not all(row.keys() >= (OF_RL if "groups" in rows[0] else {"loss", "val_loss"}) for row in rows):
+                raise ValueError(f"there are no metrics of a stage, as it is now, in {metrics_of(path)}")
+        return
+    args.loaded = [(path, *read(path, args.id_ops)) for path in args.checkpoints]
+    if args.id_ops and not any(reader.foreign for *_, reader in args.loaded):
+        raise ValueError("--id-ops is for folders of other projects: ours say what they were pre-trained on")
+    args.id_ops = args.loaded[0][1]["id_ops"]
+    args.id_ranges = data.seen_ops(args.loaded[0][1])
+    take_world(args, args.loaded[0][1]["recipe"], data.World())
+    args.context = args.context or ("all" if len(args.id_ranges) == len(data.CONTEXTS) else ",".join(args.id_ranges))
+    args.notes = []  # what to say before the work
+    args.problem_rows = problems_of(args)
+    for path, _, _, reader in args.loaded:
+        check_texts(path, reader, args.problem_rows)
+    of_id = [dict(op=op, group="ID") for op, rows in args.problem_rows.items() for row in rows
+             if group_of(op, args.id_ranges.get(context_of(row))) == "ID"]
+    if args.weights and not in_parts(of_id, args):
+        raise ValueError(f"--weights has {len(args.weights)} shares, but ID, op {{}}-{{}}, is not all here".format(*args.id_ops))
+    check_outputs(args.json, *filter(None, [args.plot, args.samples]), inputs=inputs)
+
+
+def read(path, id_ops):
+    """A checkpoint or a Hugging Face folder -> (checkpoint, model, Reader). Raises ValueError with a line for the user."""
+    if not os.path.isdir(path):
+        checkpoint, model = read_trained(path, data.VOCABULARY)
+        enc, end = data.tokenizer(), [data.tokenizer().encode_single_token(data.END)]
+        reader = Reader(partial(data.encode, enc), partial(data.decode, enc), end, end, model.config.vocab_size, None)
+        return checkpoint, model, reader
+    folder = read_hf(path)
+    size, after_answer = folder.model.config.vocab_size, folder.tokenizer.token_to_id("</answer>")
+
+    def encode(text):
+        return folder.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(ids):  # what is no token of the tokenizer is no text either
+        runs = itertools.groupby(ids, key=lambda i: folder.tokenizer.id_to_token(i) is not None)
+        return "".join(folder.tokenizer.decode([*run], skip_special_tokens=False) if known else "\ufffd" for known, run in runs)
+
+    if folder.ours and folder.ends:
+        check_trained(folder.ours, path, data.VOCABULARY)
+        return folder.ours, folder.model, Reader(encode, decode, folder.ends, folder.ends[:1], size, folder.positions)
+    if id_ops is None:
+        raise ValueError(f"{path} does not say what it was pre-trained on: give --id-ops, for instance --id-ops 2-10")
+    ops, stops = data.parse_ops(id_ops), [*folder.ends, *[after_answer] * (after_answer is not None)]
+    if not stops:
+        raise ValueError(f"{path} has no end of text: neither an eos_token_id nor a token </answer>")
+    id_ops = [ops[0], ops[-1]]
+    checkpoint = dict(stage="another's", id_ops=id_ops, id_ranges=dict.fromkeys(data.CONTEXTS, id_ops), recipe={})
+    return checkpoint, folder.model, Reader(encode, decode, stops, folder.ends[:1], size, folder.positions, True)
+
+
+def check_texts(path, reader, problem_rows):
+    """Raises ValueError with a line for the user if the model of a folder cannot read a problem."""
+    for op, rows in problem_rows.items() if reader.positions else ():
+        for row in rows:
+            ids, solution = reader.encode(data.prompt_text(row)), reader.encode(data.response_text(row).removesuffix(data.END))
+            if len(ids) >= reader.positions:
+                raise ValueError(f"{path} reads at most {reader.positions} tokens, but a prompt of op {op} has {len(ids)}: "
+                                 "lower --ops")
+            if max(ids + solution) >= reader.vocab_size:
+                raise ValueError(f"{path}: its tokenizer makes token {max(ids + solution)}, but the model has {reader.vocab_size}")
+
+
+def problems_of(args):
+    """{op: rows} of --data, or fresh ones of the eval split. Raises ValueError with a line for the user."""
+    if not args.data:
+        world = data.World(args.distractors, args.max_parents, args.max_value)
+        ops = data.parse_ops(args.ops or f"2-{min(2 * args.id_ops[1], data.MAX_OP)}")
+        mixtures = {op: data.parse_mixture(data.in_contexts(dict.fromkeys(args.context.split(","), op))) for op in ops}
+        # each op has numbers i of its own: the same i would mean the same context and number of distractors at every op
+        return {op: [data.make_row(op * 10 ** 6 + i, mixtures[op], args.seed, "eval", world) for i in range(args.problems)]
+                for op in ops}
+    whole = data.read_rows(args.data)
+    forward = [r for r in whole if r.get("mode", FORWARD) == FORWARD]
+    rows = [r for r in forward if args.context == "all" or context_of(r) in args.context.split(",")]
+    if len(forward) < len(whole) and (args.strict_rows or not forward):
+        raise ValueError(f"{args.data} has {len(whole) - len(forward)} rows that are not forward problems (mode {FORWARD})")
+    chosen = set(map(id, rows))
+    for n, row in enumerate(whole, 1):
+        try:
+            if id(row) in chosen:
+                verify(row["solution"], "")
+        except ValueError as error:
+            raise ValueError(f"{args.data} row {n}: {error}") from None
+    ops = {r["op"] for r in rows} & set(data.parse_ops(args.ops)) if args.ops else {r["op"] for r in rows}
+    if not ops:
+        raise ValueError(f"{args.data} has no rows with op {args.ops or 'of any size'}, context {args.context}")
+    problem_rows = {op: [r for r in rows if r["op"] == op][:args.problems] for op in sorted(ops)}
+    few = [f"op {op} {len(of_op)}" for op, of_op in problem_rows.items() if len(of_op) < args.problems]
+    for n, what in ((len(whole) - len(forward), "that are not forward problems"),
+                    (len(forward) - len(rows), f"of other contexts than {args.context}")):
+        args.notes += [f"{args.data}: {n} of {len(whole)} rows are left out, {what}"] * (n > 0)
+    args.notes += [f"{args.data}: fewer rows than --problems {args.problems}: {', '.join(few)}"] * bool(few)
+    return problem_rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def main():
