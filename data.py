@@ -24,7 +24,7 @@ distractors, sentences that the question does not need, changes nothing else in 
 
     python data.py --ops 5 --n 1                             show one problem
     python data.py --ops 2-10 --n 1000 --out rows.jsonl      write rows in the format of the public data
-    python data.py --ops 5 --max-parents 2 --max-value 20    show a problem of a smaller world
+    python data.py --mix zoo:5 --max-parents 2 --max-value 20 --distractors 0.5    one of the world of the preset tiny
 """
 import argparse
 import functools
@@ -1003,6 +1003,7 @@ def write_rows(rows, n, path):
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"--out {path} is not a file")
     part = f"{os.path.realpath(path)}.{os.getpid()}.part"  # renamed at the end, so the file is always complete
+    os.makedirs(os.path.dirname(part), exist_ok=True)
     try:
         with open(part, "w", encoding="utf-8") as f:
             bar = tqdm(rows, total=n, unit=" problems", disable=None)
@@ -1029,8 +1030,8 @@ def main():
     p.add_argument("--seed", type=int, default=0, help="problem i is a pure function of (seed, i) (default 0)")
     p.add_argument("--split", choices=["train", "eval"], default="train", help="no reasoning chain is in both (default train)")
     p.add_argument("--distractors", type=float, default=2.0, help="mean number of unneeded sentences, 0 to 10 (default 2)")
-    p.add_argument("--max-parents", type=int, default=4, help="of an instance, and children of a TOTAL, 2 to 4 (default 4)")
-    p.add_argument("--max-value", type=int, default=MAX_VALUE, help=f"of a quantity, {MIN_MAX_VALUE} to {MAX_VALUE} (default)")
+    p.add_argument("--max-parents", type=int, default=4, help="quantities that one is computed from, at most; 2 to 4 (default 4)")
+    p.add_argument("--max-value", type=int, default=MAX_VALUE, help=f"largest value, {MIN_MAX_VALUE} to {MAX_VALUE} (default)")
     p.add_argument("--out", help="JSONL file to write; without it, print the problems")
     args = p.parse_args()
     try:

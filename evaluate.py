@@ -13,12 +13,16 @@ Three verdicts, each stricter than the one before (verify.py): outcome, the answ
 answer needs is there with the right inputs and value (the paper's metric); strict, the text really proves it.
 
 Ops are grouped by the range m-M of pre-training (of the first checkpoint's) as in arXiv 2512.07783, where it is 2-10: ID m to
-M, OOD-edge up to 1.4 M (11-14), OOD-hard above (15-20); see group_of. The edge of a checkpoint, for grpo.py --ops edge, are the
+M, OOD-edge up to 1.4 M, rounded up (11-14), OOD-hard above (15-20). The edge of a checkpoint, for grpo.py --ops edge, are the
 ops that are surely hard, and surely possible, for it: the interval of verified pass@1 ends below .5, that of pass@(largest k)
 begins above .05. [low high] is a 95 % interval over problems: it says nothing of other seeds of training. "no reasoning" is
-the outcome without any: the most frequent answer for every problem or, if that is better, the last number of the problem. Signs,
-such as "sharpening only", are what the intervals allow to say about a checkpoint and the one that it was made from (see `signs`).
-A folder that is not of ours ends its texts at its end tokens and at </answer>, behind which nothing is read.
+the outcome without any: the most frequent answer for every problem or, if that is better, the last number of the problem.
+
+Signs are what the intervals allow to say about a checkpoint and the one that it was made from: sharpening only (pass@1 up, pass@k
+not), ability added (pass@k up), reward hacking (more right answers by wrong reasoning), no seed (a context whose names are
+hardly ever written), off the edge (hardly any group of RL had a gradient).
+
+A folder that is not of ours ends its texts at its end tokens and at </answer>; what it writes after that is ignored.
 """
 import argparse
 import collections
@@ -570,7 +574,7 @@ def arguments():
     p.add_argument("--data", help="take the problems from this JSONL file of rows")
     p.add_argument("--strict-rows", action="store_true", help="refuse, not leave out, rows of --data that are not forward")
     p.add_argument("--weights", type=shares, help="shares of easy, ..., hard ops in means of ID, e.g. 0.2,0.3,0.5")
-    p.add_argument("--n", type=at_least(1), help="samples a problem (128, on a CPU 16); torchrun needs -- before evaluate.py")
+    p.add_argument("--n", type=at_least(1), help="samples a problem (128, on a CPU 16); for --n torchrun needs -- before evaluate.py")
     p.add_argument("--k", type=integers, help="k of pass@k (default 1,8,128, on a CPU 1,4,16)")
     p.add_argument("--problems", type=at_least(1), help="problems per op (default 200, on a CPU 100)")
     p.add_argument("--temperature", type=at_least(0.0), default=0.7, help="of sampling, as in the paper (default 0.7); 0: greedy")

@@ -5,7 +5,7 @@ Stage 3, reinforcement learning: GRPO (arXiv 2402.03300) from a checkpoint, with
                                                         the preset tiny, 20 % from the range of pre-training
     python grpo.py --init out/pretrain.pt --ops edge    without mid-training, on ops that are hard but not impossible for it;
                                                         python evaluate.py out/pretrain.pt finds them first
-    python grpo.py --reward outcome                     the answer alone earns the reward (--help lists the others)
+    python grpo.py --reward outcome                     the answer alone earns the reward (others: below)
     python grpo.py --budget 5e6 --rl-share 0.2          20 % of a budget in training tokens; midtrain.py takes the rest
     python grpo.py --curriculum                         prefer ops that have groups with a gradient
     python grpo.py --resume                             continue where it stopped
@@ -30,8 +30,7 @@ touches the judgement of the answer. A group has a gradient if its rewards diffe
 share of its groups that had one lately; without --ops, from all ops up to OOD-hard.
 
 Every token of an update weighs the same, as in DAPO (arXiv 2503.14476); the GRPO paper averages over each solution first.
-Writes a checkpoint to --out and metrics, one JSON row a step, beside it (out/grpo.jsonl). Ctrl-C saves. Below: the formula, the
-parts of a step, the run, what is logged, settings.
+Writes a checkpoint to --out and metrics, one JSON row a step, beside it (out/grpo.jsonl). Ctrl-C saves.
 """
 import argparse
 import copy

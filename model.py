@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import uuid
@@ -332,8 +333,8 @@ def draw(logits, temperature, uniform):
 def sample_naive(model, prompts, stop, n=1, max_new=256, temperature=1.0, generator=None):
     """`sample` without a cache: the model reads the whole text again for every token. Slow; the tests compare with it.
 
-    Arguments (with one token for stop) and results are those of `sample`, up to rounding. It spends random numbers in another order. So for one seed
-    only greedy tokens are the same; at other temperatures only their distribution is.
+    Arguments (stop is one token) and results are those of `sample`, up to rounding. It spends random numbers in another order. So
+    for one seed only greedy tokens are the same; at other temperatures only their distribution is.
     """
     tokens, logprobs = [], []
     for prompt in (prompt for prompt in prompts for _ in range(n)):
@@ -510,9 +511,9 @@ def sample(model, prompts, stop, n=1, max_new=256, temperature=1.0, generator=No
     """Continue each prompt n times, until the token `stop` or for `max_new` tokens (at least 1).
 
     prompts: lists of token ids, none empty. stop: a token, or a list of tokens of which any ends a row. temperature: 0 takes the
-    most likely token. generator: a torch.Generator on the model's device. rows: how many rows run at a time, at most. progress: a function that is called after each such batch with
-    [(index of the row, its tokens)]. buffers: a dict, {} at first, that keeps CUDA graphs and their memory for later calls
-    with models of the same sizes and precision. On a CPU it stays empty.
+    most likely token. generator: a torch.Generator on the model's device. rows: how many rows run at a time, at most. progress: a
+    function that is called after each such batch with [(index of the row, its tokens)]. buffers: a dict, {} at first, that keeps
+    CUDA graphs and their memory for later calls with models of the same sizes and precision. On a CPU it stays empty.
 
     Returns two lists in the order of the prompts, n rows a prompt: the tokens of each row (with `stop`, if it came) and
     their log-probabilities in nats at the sampling temperature (at temperature 1 if that is 0), a float32 tensor on the CPU.
@@ -792,8 +793,9 @@ def write_hf(path, folder):
 
 
 def main():
-    p = argparse.ArgumentParser(description="Write a checkpoint as a Hugging Face folder, or a folder of ours as a checkpoint.",
-                                usage="%(prog)s CKPT --to-hf DIR | DIR --from-hf CKPT")
+    p = argparse.ArgumentParser(usage="%(prog)s CKPT --to-hf DIR | DIR --from-hf CKPT", description=(
+        "Write a checkpoint as a Hugging Face folder, which AutoModelForCausalLM, AutoTokenizer and evaluate.py read; or such a "
+        "folder as a checkpoint. For example: model.py out/grpo.pt --to-hf out/hf"))
     p.add_argument("source", help="a checkpoint, e.g. out/pretrain.pt, or a folder that --to-hf wrote")
     way = p.add_mutually_exclusive_group(required=True)
     way.add_argument("--to-hf", metavar="DIR", help="folder to write, for transformers: weights, config, tokenizer, model card")
@@ -841,17 +843,19 @@ def at_least(low, up_to=2 ** 62):
 
 def stage_parser(doc, presets, out, log_every=5):
     """The argument parser of a stage, with the options that every stage has. The stage adds its own."""
+    settings = [f"preset {name}: " + ", ".join(f"{key} {value}" for key, value in presets[name].items()) for name in ("tiny", "100m")]
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                usage="%(prog)s [options]    (--help lists them)")
+                                usage="%(prog)s [options]    (--help lists them)",
+                                epilog="\n".join(textwrap.fill(text, 100, subsequent_indent="    ") for text in settings))
     p.add_argument("--preset", choices=presets, help="settings for a size of model (default: that of --init, or by the device)")
     p.add_argument("--out", default=out, help=f"checkpoint to write (default {out}); metrics go beside it, as .jsonl")
     p.add_argument("--resume", action="store_true", help="continue from --out; the result is that of one long run")
     p.add_argument("--seed", type=at_least(0, up_to=2 ** 31), default=0, help="random seed (default 0)")
-    g = p.add_argument_group("optimizer and problems (defaults from the preset)")
-    g.add_argument("--steps", type=at_least(1), help="optimizer steps; in grpo.py, rollout batches")
+    g = p.add_argument_group("optimizer and problems (defaults from the preset, see the end)")
+    g.add_argument("--steps", type=at_least(1), help="steps; a step of grpo.py is a batch of rollouts and its updates")
     g.add_argument("--lr", type=at_least(0.0), help="learning rate after the warm-up")
     g.add_argument("--min-lr", type=at_least(0.0), help="learning rate at the end")
-    g.add_argument("--weight-decay", type=at_least(0.0))
+    g.add_argument("--weight-decay", type=at_least(0.0), help="of the optimizer, times the learning rate")
     g.add_argument("--clip", type=at_least(1e-6), default=1.0, dest="grad_clip", help="largest norm of the gradient (default 1)")
     add_world_options(g)
     g = p.add_argument_group("running (defaults from the preset)")
@@ -899,7 +903,7 @@ def add_start_options(p, init, rl_share):
     g.add_argument("--id-share", type=at_least(0.0, up_to=1), help="share of problems from the range of pre-training")
     g.add_argument("--mix", help='instead of these two a mixture [CONTEXT:]OPS[:WEIGHT],... e.g. "zoo:2-20,school:2-20"')
     g.add_argument("--budget", type=at_least(1e-6), metavar="T", help="tokens of mid-training and RL, instead of --steps")
-    g.add_argument("--rl-share", type=rl_share, metavar="B", help="share of the budget for RL, see grpo.RL_COST")
+    g.add_argument("--rl-share", type=rl_share, metavar="B", help="share of the budget for RL, of which a token counts 5/3")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 Stage 1, pre-training: next-token prediction from scratch on synthetic reasoning problems.
 
     python pretrain.py                                  the main job, minutes on a laptop CPU (preset tiny)
-    python pretrain.py --ops 2-10                       the paper's range of op
+    python pretrain.py --ops 2-10                       the paper's range of op, in all three contexts
     python pretrain.py --preset 100m                    the paper's model and recipe (the default with CUDA)
     python pretrain.py --resume                         continue where it stopped
     torchrun --nproc_per_node=8 pretrain.py ...         on several GPUs (a CPU's cores all work anyway)
@@ -63,7 +63,10 @@ def arguments():
     p.add_argument("--late-from", type=at_least(0.0, up_to=1.0), help="share of the steps before the late phase")
     add_prediction_options(p)
     p.add_argument("--keep-every", type=at_least(1), metavar="N", help="also keep the checkpoint of every N steps, as OUT-STEP.pt")
-    g = p.add_argument_group("model (defaults from the preset)", "see Config in model.py and new_model in pretrain.py")
+    g = p.add_argument_group("model (defaults from the preset)", "n-layers, width, n-heads, n-kv-heads; mlp: its hidden width; "
+                             "rope-theta: base of the rotary frequencies; init-std: of the weights at the start; look-back: layers "
+                             "in which some heads start out attending to the tokens just before; name-parts: how much of the "
+                             "embeddings of its kind and place that of a name starts with")
     for name, low in LEAST.items():
         g.add_argument("--" + name.replace("_", "-"), type=at_least(low))
     args = p.parse_args()

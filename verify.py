@@ -1,5 +1,6 @@
 """
-Parses a written solution back into a graph, judges it, and turns the verdict into a reward.
+Parses a written solution back into a graph and judges it: outcome, whether the answer is right; process, the share of needed
+quantities with the right inputs and value; verified, both in full; strict, whether the text really proves it.
 
 A solution defines nodes in steps, then states an answer in one of two forms:
 

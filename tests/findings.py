@@ -17,15 +17,15 @@ The findings of arXiv 2512.07783 and its open questions, each as an experiment t
                 the size of the model
 
 It runs the command lines of the stages, which it prints, several at a time on a CPU, and ends with a table, a figure and a
-verdict a claim: --out has NAME.json, NAME.md and NAME.png, and in folders the checkpoints, evaluations and logs. The bases of
-a seed are trained once for all findings. Ctrl-C saves; the same command goes on where it stopped, and does not repeat what is
-finished.
+verdict a claim: --out has NAME.json, NAME.md and NAME.png, and in folders the checkpoints, evaluations and logs. The base of a
+seed is trained once for all findings but seeding, which has its own. Ctrl-C saves; the same command goes on where it stopped,
+and does not repeat what is finished. Other seeds with the same --out replace NAME.json.
 
 Statistics. The numbers are verified pass@k. A change is the difference between a model and the one it started from, problem by
 problem. Every seed has its own models and its own problems, so the variance of a change over seeds holds what differs between
 runs and what differs between problems, and the interval "over seeds" is the plain t interval, mean +- t s / sqrt(n) with n - 1
 degrees of freedom. But it is never taken narrower than the intervals over problems make that of the mean: few seeds may agree
-by luck. (So it covers the truth in at least 95 % of the cases, whatever the two variances are.) With one seed the interval is
+by luck. With one seed the interval is
 the one over problems, and the verdict says so. A number rises if its interval lies above 0, and does not if its interval lies
 below the `margin` of the finding, which is well below what the paper reports; if neither, the verdict is "undecided". A claim
 with several comparisons is not corrected for their number.
@@ -134,7 +134,7 @@ EDGE_CLAIMS = {
         rises("edge", "OOD-edge"),
         *[max(-rises(name, "OOD-edge"), rises("edge", "OOD-edge", than=name)) for name in ("id", "hard")]),
     "That ability reaches past the range of the RL data": lambda rises: rises("edge", "past"),
-    "With data from the base's own range only pass@1 of that range rises, if anything": lambda rises: min(
+    "With data from the base's own range RL adds no ability anywhere, and lifts pass@1 in that range at most": lambda rises: min(
         -rises("id", "ID", "pass@1", sign=-1), -rises("id", "ID"), *[
             -rises("id", group, k) for group in ("OOD-edge", "OOD-hard") for k in ("pass@1", None)]),
     # not pass@1 of ID, which the share of ID that all arms have may raise
@@ -584,7 +584,7 @@ def report(args, finding, settings, minutes):
         lines += [f"Evaluated with `{settings['evaluate'][tag]}`: mean over seeds (seeds), change [interval].",
                   table(of_table, labels, [ks[0], ks[-1], *finding["measures"]], finding["paper"] if tag == tables[-1] else {})]
     lines += [f"The paper: {finding['paper_says']}"]
-    lines += ["Right answers without reasoning (the most frequent answer, or the last number of the problem): "
+    lines += ["Right answers without reasoning (the most frequent answer of an op, or the last number of the problem): "
               + ", ".join(f"{region} {share:.3f}" for region, share in baseline.items()) + "."]
     lines += ["Training tokens past pre-training, in millions, as the paper counts them / as they were spent: "
               + ", ".join(f"{labels[model]} {counted:.1f} / {real:.1f}" for model, (counted, real) in spent.items() if counted)
