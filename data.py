@@ -1003,7 +1003,6 @@ def write_rows(rows, n, path):
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"--out {path} is not a file")
     part = f"{os.path.realpath(path)}.{os.getpid()}.part"  # renamed at the end, so the file is always complete
-    os.makedirs(os.path.dirname(part), exist_ok=True)
     try:
         with open(part, "w", encoding="utf-8") as f:
             bar = tqdm(rows, total=n, unit=" problems", disable=None)
