@@ -752,7 +752,7 @@ BAD = [  # arguments, words in the last line
     ("a.pt --samples a.jsonl", "overwrite"), ("a.pt --samples cut.pt", ".jsonl"), ("a.pt --curves cut.pt", ".png"),
     ("a.pt --data rows.jsonl --samples rows.jsonl", "overwrite"), ("a.pt --weights 0.5,0.6", "add up to 1"),
     ("a.pt --weights -0.5,1.5", "--weights"), ("a.pt --weights 0.5,0.5", "not all here"),
-    ("a.pt --strict-rows", "--data"), ("a.pt --curves c.png --plot p.png --loss", "no --plot, --loss"), ("a.pt --id-ops 2-3", "folders of other"), ("folder", "config.json"),
+    ("a.pt --strict-rows", "--data"), ("a.pt --curves c.png --plot p.png --loss", "no --plot, --loss"), ("a.pt --id-ops 2-3", "folders of other"), ("folder", "folder"),
 ]
 
 
