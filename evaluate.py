@@ -43,6 +43,7 @@ import numpy as np
 import torch  # after model.py, which sets how its threads wait
 
 VERDICTS = ("outcome", "verified", "strict")
+ANOTHERS = "another's"  # in place of the stage of a folder that is not of ours
 FIGURES = (".png", ".pdf", ".svg")
 OF_RL = {*"groups held_out approx_kl kl entropy length truncated reward outcome process verified strict hacked".split()}
 MARGIN = 0.05  # of pass@k and other shares: `signs` takes a rise that is surely smaller for none
@@ -295,7 +296,7 @@ def made_from(checkpoint, loaded):
     or one of the two is ours and the other is not."""
     run, (first, its_checkpoint, *_) = checkpoint["recipe"].get("init_run"), loaded[0]
     found = [path for path, other, *_ in loaded if run and other.get("run") == run]
-    strangers = (checkpoint.get("stage") == "another's") != (its_checkpoint.get("stage") == "another's")
+    strangers = (checkpoint.get("stage") == ANOTHERS) != (its_checkpoint.get("stage") == ANOTHERS)
     return found[0] if found else None if checkpoint is its_checkpoint or strangers else first
 
 
@@ -341,7 +342,7 @@ def table(results, args):
         lines += [line(title + key, [cell(r[section][key][verdict], k) for r in results.values() for k in ks])
                   for key in some[section]]
     for section, title in (("ops", "op "), ("groups", "")) if args.loss else ():
-        mixed = len({r["stage"] == "another's" for r in results.values()}) > 1
+        mixed = len({r["stage"] == ANOTHERS for r in results.values()}) > 1
         lines += ["", "loss of the gold solutions, nats a token" + " (their tokens differ: compare down a column only)" * mixed]
         lines += [line(title + key, [short(r[section][key]["loss"]) if k == ks[0] else "" for r in results.values() for k in ks])
                   for key in some[section]]
@@ -670,7 +671,7 @@ def read(path, id_ops):
     if not stops:
         raise ValueError(f"{path} has no end of text: neither an eos_token_id nor a token </answer>")
     id_ops = [ops[0], ops[-1]]
-    checkpoint = dict(stage="another's", id_ops=id_ops, id_ranges=dict.fromkeys(data.CONTEXTS, id_ops), recipe={})
+    checkpoint = dict(stage=ANOTHERS, id_ops=id_ops, id_ranges=dict.fromkeys(data.CONTEXTS, id_ops), recipe={})
     return checkpoint, folder.model, Reader(encode, decode, stops, folder.ends[:1], size, folder.positions, True)
 
 
@@ -769,9 +770,9 @@ def main():
     settings = {name: getattr(args, name) for name in ("n", "k", "problems", "temperature", "distractors", "max_parents",
                                                        "max_value", "seed", "context", "data", "id_ops", "id_ranges", "weights")}
     text = json.dumps({"checkpoints": results, "settings": settings}, indent=1).removesuffix("\n}")
-    samples = json.dumps({path: by_problem(records) for path, records in all_records.items()})  # long, so on a line
+    counts = json.dumps({path: by_problem(records) for path, records in all_records.items()})  # long, so on a line
     try:  # first, since whoever reads what is printed may go away
-        write_whole(os.path.realpath(args.json), f'{text},\n "by_problem": {samples}\n}}\n')
+        write_whole(os.path.realpath(args.json), f'{text},\n "by_problem": {counts}\n}}\n')
     finally:  # if it cannot be written, this is all that is left
         show(all_records, args.show)
         say("\n" + table(results, args) + "\n\n[low high]: 95 % interval over problems\n")

@@ -45,9 +45,9 @@ from typing import NamedTuple
 
 from model import (add_gradients, add_start_options, any_rank, at_least, become_worker, check_run_files, choose_device,
                    compile_layers, exit_if_interrupted, fill_from_preset, gather, give_up, how_it_runs, make_optimizers,
-                   mean_loss, n_at_a_time, n_ranks, noted_interrupts, one_line_errors, open_run, progress_bar, rank, read_edge,
-                   read_start, run_script, sample, save_checkpoint, say, set_up, stage_parser, step_batches,
-                   sum_gradients_over_ranks, sum_over_ranks, take_world, to_device, with_sizes, write_metrics)
+                   mean_loss, n_at_a_time, n_ranks, noted_interrupts, one_line_errors, open_run, presets_of, progress_bar,
+                   rank, read_edge, read_start, run_script, sample, save_checkpoint, say, set_up, stage_parser,
+                   step_batches, sum_gradients_over_ranks, sum_over_ranks, take_world, to_device, write_metrics)
 from verify import REWARDS, interval, reward, verify
 import data
 import numpy as np
@@ -422,8 +422,7 @@ SETTINGS = dict(  # name=(tiny, 100m). tiny: ten minutes on two CPU cores; 100m:
     eval_every=(25, 20),
     eval_problems=(64, 256),
     save_every=(25, 20))
-PRESETS = {preset: {name: values[i] for name, values in SETTINGS.items()} for i, preset in enumerate(("tiny", "100m"))}
-PRESETS = with_sizes(PRESETS)  # 10m, 400m, 1b
+PRESETS = presets_of(SETTINGS)  # also 10m, 400m, 1b
 
 
 def noise(text):

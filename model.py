@@ -968,12 +968,16 @@ def relative_depth_and_width(config):
     return config.n_layers * config.width / (12 * 768)
 
 
-def with_sizes(presets):
-    """PRESETS of a stage with those for the other sizes of model, by size: the settings of 100m with learning rates that go with
-    1 / width, as muP (arXiv 2203.03466, table 8) has it for the matrices of hidden layers and Adam. They were never run."""
-    of_100m = presets["100m"]
-    return {size: presets.get(size, of_100m | {name: float(f"{of_100m[name] * 768 / config.width:.2g}")
-                                               for name in ("lr", "min_lr")}) for size, config in CONFIGS.items()}
+def presets_of(settings):
+    """{size of model: {name: value}} from the settings of a stage, {name: (value for tiny, value for 100m)}.
+
+    The other sizes have those of 100m with learning rates that go with 1 / width, as muP (arXiv 2203.03466, table 8) has it for
+    the matrices of hidden layers and Adam. They were never run.
+    """
+    tiny, of_100m = ({name: values[i] for name, values in settings.items()} for i in (0, 1))
+    sizes = {size: of_100m | {name: float(f"{of_100m[name] * 768 / config.width:.2g}") for name in ("lr", "min_lr")}
+             for size, config in CONFIGS.items()}
+    return sizes | {"tiny": tiny, "100m": of_100m}
 
 
 def n_cores(cgroup="/sys/fs/cgroup"):

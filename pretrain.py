@@ -19,7 +19,7 @@ from model import (accumulate, add_prediction_options, amounts_and_speeds, any_r
                    compile_layers, exit_if_interrupted, fill_from_preset, give_up, how_it_runs, make_optimizers, mean_loss,
                    n_at_a_time, n_ranks, noted_interrupts, one_line_errors, open_run, progress_bar, rank, run_script, sample,
                    save_checkpoint, say, say_expected_time, set_up, stage_parser, step_batches, write_metrics)
-from model import CONFIGS, Config, Transformer, check_outputs, with_sizes
+from model import CONFIGS, Config, Transformer, check_outputs, presets_of
 import data
 import torch  # after model.py, which sets how its threads wait
 
@@ -48,8 +48,7 @@ SETTINGS = dict(  # name=(tiny, 100m). tiny: 13 minutes on two CPU cores; 100m: 
     workers=(0, 4),
     eval_every=(100, 100),
     save_every=(200, 500))
-PRESETS = {preset: {name: values[i] for name, values in SETTINGS.items()} for i, preset in enumerate(("tiny", "100m"))}
-PRESETS = with_sizes(PRESETS)  # 10m, 400m, 1b
+PRESETS = presets_of(SETTINGS)  # also 10m, 400m, 1b
 # options of the model, in model.Config and, name_parts, in `new_model`; and the least value of each
 LEAST = dict(n_layers=1, width=1, n_heads=1, n_kv_heads=1, mlp=1, rope_theta=1.0, init_std=0.0, look_back=0, name_parts=0.0)
 
