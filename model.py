@@ -11,6 +11,7 @@ Letters in shape comments: B rows, T tokens, C width, H heads, KV key-value head
 import argparse
 import functools
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -43,7 +44,7 @@ if interruptible:
 
 import torch
 
-if sys.version_info < (3, 11) or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+if sys.version_info < (3, 11) or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
     sys.exit(f"this needs Python 3.11 to 3.14 and the packages of requirements.txt (pip install -r requirements.txt), "
              f"but here are Python {sys.version.split()[0]} and torch {torch.__version__}")
 
@@ -58,6 +59,8 @@ if interruptible:
 
 # On Hopper GPUs torch prefers cuDNN's attention, which plans anew for every shape. Flash attention takes any shape.
 torch.backends.cuda.enable_cudnn_sdp(False)
+# torch 2.12 asks to be told that there may be fewer KV heads. torch 2.11 has no such option and takes them.
+VARLEN_OPTIONS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the model
@@ -182,8 +185,7 @@ def packed_attention(q, k, v, cu_seqlens, max_seqlen):
     """
     if q.is_cuda:  # a fused kernel, in bfloat16, that skips pairs of tokens from different sequences
         q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))                # (T, H, D), (T, KV, D), (T, KV, D)
-        y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0),
-                        enable_gqa=q.shape[1] != k.shape[1])
+        y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), **VARLEN_OPTIONS)
         return y.transpose(0, 1)[None]                                                 # (1, H, T, D)
     sequence = sequence_of(cu_seqlens, q.shape[2])
     return causal_attention(q, k, v, (sequence[:, None] == sequence).tril())  # slow; the tests compare with it
@@ -1244,11 +1246,11 @@ def accumulate(model, micro_batches, counts, device, precision):
     return sum_over_ranks(sum(losses, torch.zeros((), device=device))), n_tokens
 
 
-@torch.no_grad()
 def mean_loss(model, micro_batches, counts, device, precision):
     """The mean loss of a step of `step_batches`, in nats for each target token."""
-    with precision:
-        return sum(float(model.loss(*to_device(batch, device))) for batch in micro_batches) / max(1, int(counts[0]))
+    compiled = model.layers[0]._compiled_call_impl is not None  # then as in training: a pass without gradients is another program
+    with precision, torch.set_grad_enabled(compiled):
+        return sum(model.loss(*to_device(batch, device)).item() for batch in micro_batches) / max(1, int(counts[0]))
 
 
 def amounts_and_speeds(model, batch, device, step, tokens, row_before, waited):

@@ -91,7 +91,7 @@ def at(region, measure, **numbers):
     ("QUESTION", at("OOD-edge", "pass@1", curriculum=0.5, uniform=0.3, static=0.4, negatives=0.4, positives=0.2, right=0.6,
                     wrong=0.4), "+ + + + - -"),
     ("QUESTION", at("OOD-edge", "pass@64", static=0.5, early=0.2, early_base=0.1), "- - - - + -"),
-    ("QUESTION", {"base 0.8": {("OOD-edge", "pass@1"): 0.5}, "smaller 0.2": {("OOD-edge", "pass@1"): 0.2}}, "- - - - - +")])
+    ("QUESTION", {"small 0.8": {("OOD-edge", "pass@1"): 0.5}, "smaller 0.2": {("OOD-edge", "pass@1"): 0.2}}, "- - - - - +")])
 def test_verdicts_of_the_other_findings(claims, numbers, expected):
     finding = next(f for f in findings.FINDINGS.values() if f["claims"] is getattr(findings, f"{claims}_CLAIMS"))
     assert {*numbers} <= {*finding["settings"]("tiny")["models"]}

@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import random
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -417,6 +418,9 @@ def test_layers_are_compiled_once_for_each_shape_and_not_for_sampling():
         layer.compile(dynamic=False, backend=backend)
     torch.testing.assert_close(losses(), plain, rtol=1e-4, atol=1e-4)
     assert len(programs) == 2
+    held_out = M.mean_loss(model, batches, [1], "cpu", nullcontext())
+    assert held_out == pytest.approx(float(sum(plain[:len(batches)])), rel=1e-5)
+    assert len(programs) == 2  # a held-out loss uses the programs of training
     tokens, logprobs = sample(model, [[1, 2, 3], [4]], stop=0, n=3, max_new=20, generator=torch.Generator().manual_seed(0))
     assert_scored_as_by_forward(make_model(), [[1, 2, 3], [4]], tokens, logprobs, 3, 1.0)
     assert len(programs) == 2
