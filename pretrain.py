@@ -27,7 +27,7 @@ import torch  # after model.py, which sets how its threads wait
 # settings: a preset is what suits a size of model (model.CONFIGS). Each can be changed on the command line
 
 STAGE, SEED = "pretrain", 0
-SETTINGS = dict(  # name=(tiny, 100m). tiny: 13 minutes on two CPU cores; 100m: arXiv 2512.07783, 10B of its tokens
+SETTINGS = dict(  # name=(tiny, 100m). tiny: 14 minutes on two CPU cores; 100m: arXiv 2512.07783, 10B of its tokens
     mix=("zoo:2-6", "all:2-4:0.2,all:5-7:0.3,all:8-10:0.5"),  # 100m: easy, medium and hard problems
     late_mix=("zoo:2-6:0.3,zoo:7-8:0.7", "all:2-4:0.2,all:5-7:0.3,all:8-10:0.5"),  # tiny: first what is learnt fast
     late_from=(0.55, 0.55),          # share of the steps before the late phase
