@@ -59,7 +59,7 @@ if interruptible:
 
 # On Hopper GPUs torch prefers cuDNN's attention, which plans anew for every shape. Flash attention takes any shape.
 torch.backends.cuda.enable_cudnn_sdp(False)
-# torch 2.12 asks to be told that there may be fewer KV heads. torch 2.11 has no such option and takes them.
+# torch 2.11 takes fewer KV heads than heads without being told; later versions want to be told.
 VARLEN_OPTIONS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 # ----------------------------------------------------------------------------------------------------------------------
