@@ -1149,6 +1149,11 @@ def compile_layers(*models):
         layer.compile(dynamic=False)
 
 
+def is_compiled(model):
+    """Whether `compile_layers` has been there."""
+    return model.layers[0]._compiled_call_impl is not None
+
+
 def to_device(batch, device):
     """Arrays and tensors of a batch to the device; numbers and blocks stay. On CUDA nothing waits for the copy."""
     batch = [a if isinstance(a, (int, list)) else torch.as_tensor(a) for a in batch]
@@ -1209,8 +1214,8 @@ def add_gradients(model, loss_of, micro_batches, device, precision):
 
     On a CPU `n_at_a_time` run at a time. The sum is in the order of the micro-batches, so a run can be repeated bit for bit.
     """
-    compiled = model.layers[0]._compiled_call_impl is not None  # several threads must not compile at the same time
-    parameters, n, others = list(model.parameters()), 1 if compiled else n_at_a_time(device), []
+    # several threads must not compile at the same time
+    parameters, n, others = list(model.parameters()), 1 if is_compiled(model) else n_at_a_time(device), []
 
     def gradients_of(batch):
         with copy(precision):  # a copy, because it remembers what to go back to in its thread
@@ -1248,8 +1253,7 @@ def accumulate(model, micro_batches, counts, device, precision):
 
 def mean_loss(model, micro_batches, counts, device, precision):
     """The mean loss of a step of `step_batches`, in nats for each target token."""
-    compiled = model.layers[0]._compiled_call_impl is not None  # then as in training: a pass without gradients is another program
-    with precision, torch.set_grad_enabled(compiled):
+    with precision, torch.set_grad_enabled(is_compiled(model)):  # a pass without gradients would be compiled anew
         return sum(model.loss(*to_device(batch, device)).item() for batch in micro_batches) / max(1, int(counts[0]))
 
 
