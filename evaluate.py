@@ -510,8 +510,11 @@ def plot_curves(runs, path):
         for (label, value), color in zip(values.items(), colors):
             ax.plot(*means(rows, value), color=color, linewidth=1.4, label=label.replace("_", " "))
         ax.set_title(title, fontsize=9)
+        if len(values) > 2:  # room above the lines for the names
+            low, high = ax.get_ylim()
+            ax.set_ylim(low, high + 0.5 * (high - low))
         if len(values) > 1:
-            ax.legend(fontsize=7, framealpha=0.6, handlelength=1)
+            ax.legend(fontsize=7, framealpha=0.6, handlelength=1, **dict(loc="upper center", ncols=2) if len(values) > 2 else {})
 
     for checkpoint, rows in runs.items():
         name = os.path.basename(checkpoint).removesuffix(".pt")
