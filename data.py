@@ -20,7 +20,7 @@ op, the difficulty, is the number of Define steps plus the number of operators w
 
 Problem i of a mixture is a pure function of (seed, i). So any worker can make any problem, and training can resume at any
 i. A hash of the reasoning chain puts each problem into the train split or the eval split (`split_of_chain`). The number of
-distractors, sentences that the question does not need, changes nothing else in problem i.
+distractors, sentences that the question does not need, changes nothing of what problem i needs, only order and letters.
 
     python data.py --ops 5 --n 1                             show one problem
     python data.py --ops 2-10 --n 1000 --out rows.jsonl      write rows in the format of the public data
@@ -35,10 +35,8 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import sys
-import textwrap
 import time
 from bisect import bisect
 from dataclasses import dataclass
@@ -110,7 +108,8 @@ def distractor_law(mean):
     """Cumulative probabilities of 0..12 distractors with the given mean (`--distractors`).
 
     The law is the same for every op, so a larger op does not change how much is beside the point. It is geometric with a
-    heavy tail: up to one problem in sixteen has 8 to 12 distractors, most of them long. The tail brings training texts of
+    heavy tail: up to a sixteenth of the problems is spread evenly over 8 to 12 distractors, most of them long (with those of
+    the geometric part it is one problem in 13 if the mean is 2). The tail brings training texts of
     op 10 up to 257 tokens (the 99.9 % quantile). That covers 84 % of the texts of op 17 and 2 % of those of op 20.
     Raises ValueError for a mean outside 0..10.
     """
@@ -664,27 +663,6 @@ def with_wrong_step(row, max_value=MAX_VALUE):
             return row | dict(solution=f"{solution}Answer: {[*values.values()][-1]}.")
 
 
-def read_rows(path):
-    """Rows of a JSONL file in the public format. Raises ValueError or OSError with one line for the user."""
-    rows = []
-    with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig", "surrogatepass"))
-                prompt_text(row), row["solution"].split, row["template"].split
-                if type(row["op"]) is not int or row["op"] < 1:  # true is an int, too
-                    raise ValueError
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise ValueError(f"{path} line {n} is not a row with problem, question, solution, template and op, an integer "
-                                 "above 0") from None
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"{path} has no rows")
-    return rows
-
-
 def steps_of(row):
     """The steps of a solution, parents first: [(name, letter, letters of the parents, work)]."""
     steps, letters = [], set()
@@ -883,22 +861,27 @@ def cut(rows, micro_tokens, at_a_time=1):
     return list(batches.values())
 
 
+def lay_out(rows, starts, size, loss):
+    """[(ids, n_prompt, ...)], each from its start on in one row of `size` tokens -> (x, y) as in `TrainingSteps`."""
+    x, y = np.zeros((1, size), np.int64), np.full((1, size), IGNORE, np.int64)
+    for (ids, n_prompt, *_), start in zip(rows, starts):
+        first, end = n_prompt if loss == "solution" else 1, start + len(ids) - 1
+        x[0, start:end] = ids[:-1]
+        y[0, start + first - 1:end] = ids[first:]
+    return x, y
+
+
 def in_blocks(rows, loss="all"):
     """[(ids, n_prompt, ...)], sorted by length -> (x, y, blocks), with x and y as in `TrainingSteps`.
 
     blocks: [(n, T), ...], the next n sequences take T tokens each, padding included. Attention then needs no mask. What is left
     of the row is a sequence, too: libraries prepare and keep a kernel for each new size, so sizes are multiples of 64.
     """
-    size = -(-sum(map(block_length, rows)) // 64) * 64
-    x, y, blocks, start = np.zeros((1, size), np.int64), np.full((1, size), IGNORE, np.int64), [], 0
-    for ids, n_prompt, *_ in rows:
-        first, end = n_prompt if loss == "solution" else 1, start + len(ids) - 1
-        x[0, start:end] = ids[:-1]
-        y[0, start + first - 1:end] = ids[first:]
-        T = block_length((ids,))
-        blocks[-1:] = [(blocks[-1][0] + 1, T)] if blocks and blocks[-1][1] == T else [*blocks[-1:], (1, T)]
-        start += T
-    return x, y, blocks + [(1, size - start)] * (size > start)
+    lengths = [block_length(row) for row in rows]
+    end, size = sum(lengths), -(-sum(lengths) // 64) * 64
+    blocks = [(len([*equal]), T) for T, equal in itertools.groupby(lengths)]
+    x, y = lay_out(rows, itertools.accumulate(lengths, initial=0), size, loss)
+    return x, y, blocks + [(1, size - end)] * (size > end)
 
 
 def pack_sizes(micro_tokens):
@@ -938,15 +921,12 @@ def pack(rows, size, loss="all"):
     x, y: (1, size), as in `TrainingSteps`. cu_seqlens: int32, the start of each sequence, then `size` up to a fixed length.
     max_seqlen: an int, no sequence is longer. The rest of the row is cut into sequences, too, so that each token has one.
     """
-    x, y, ends = np.zeros((1, size), np.int64), np.full((1, size), IGNORE, np.int64), [0]
+    lengths = [len(row[0]) - 1 for row in rows]
+    ends = [*itertools.accumulate(lengths, initial=0)]
+    x, y = lay_out(rows, ends, size, loss)
     max_seqlen = 512  # takes few values, because torch.compile makes a program for each
-    for ids, n_prompt, *_ in rows:
-        first, start, end = n_prompt if loss == "solution" else 1, ends[-1], ends[-1] + len(ids) - 1
-        x[0, start:end] = ids[:-1]
-        y[0, start + first - 1:end] = ids[first:]
-        ends.append(end)
-        while max_seqlen < end - start:
-            max_seqlen *= 2
+    while max_seqlen < max(lengths, default=0):
+        max_seqlen *= 2
     ends += range(ends[-1] + max_seqlen, size, max_seqlen)
     cu_seqlens = np.full(most_rows(size) + size // 512 + 2, size, np.int32)
     cu_seqlens[:len(ends)] = ends
@@ -966,7 +946,7 @@ def styled(text, style):
 
 
 def show(row, solution=True):
-    """A problem for human readers: the text, the graph as a tree (beside the text if the terminal is wide), the steps.
+    """A problem for human readers: the text, the graph as a tree, the steps.
 
     In a terminal the sentences that the question does not need are dim.
     """
@@ -985,16 +965,10 @@ def show(row, solution=True):
             tree(parent, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "))
 
     tree(steps[-1][0], "", "")
-    text = [(s + ".", "" if s.removeprefix("The number of ").split(" equals ")[0] in parents else "dim")
-            for s in row["problem"].strip().rstrip(".").split(". ")] + [("", ""), (row["question"], "bold")]
-    width = shutil.get_terminal_size().columns - max(map(len, graph)) - 4
-    if width < 50:
-        body = [*(styled(*line) for line in text), "", *graph]
-    else:
-        text = [(line, style) for paragraph, style in text for line in textwrap.wrap(paragraph, width) or [""]]
-        text, graph = text + [("", "")] * (len(graph) - len(text)), graph + [""] * (len(text) - len(graph))
-        body = [f"{styled(line.ljust(width), style)}    {node}".rstrip() for (line, style), node in zip(text, graph)]
-    return "\n".join([f"problem {row.get('id', '')}: op {row['op']}, {len(steps)} steps, {row['template']}", "", *body, "",
+    text = [styled(s + ".", "" if s.removeprefix("The number of ").split(" equals ")[0] in parents else "dim")
+            for s in row["problem"].strip().rstrip(".").split(". ")]
+    return "\n".join([f"problem {row.get('id', '')}: op {row['op']}, {len(steps)} steps, {row['template']}", "", *text, "",
+                      styled(row["question"], "bold"), "", *graph, "",
                       *(row["solution"].replace(". ", ".\n").splitlines() + [""] if solution else [])])
 
 

@@ -37,7 +37,7 @@ from typing import Callable, NamedTuple, Optional
 
 from model import (add_world_options, at_least, check_outputs, check_trained, choose_device, gather, n_ranks, one_line_errors,
                    progress_bar, rank, read_hf, read_trained, run_script, sample, say, set_up, take_world)
-from verify import FORWARD, explain, interval, parse, verify, write_whole
+from verify import FORWARD, explain, interval, parse, read_jsonl, verify, write_whole
 import data
 import numpy as np
 import torch  # after model.py, which sets how its threads wait
@@ -312,8 +312,8 @@ def another_init(checkpoint, loaded):
 
 
 def table(results, args):
-    """Text table, a line an op and a group. One checkpoint: every pass@k and verdict. Several: least and most k, and all but
-    `verified` for groups only."""
+    """Text table, a line an op and a group. One checkpoint: verified at every k, strict and outcome at the least. Several: least
+    and most k, and all but `verified` for groups only."""
     ks, some = [f"pass@{k}" for k in args.k], next(iter(results.values()))
 
     def short(x, sign=""):
@@ -635,7 +635,10 @@ def complete(args):
         raise ValueError("--id-ops is for folders of other projects: ours say what they were pre-trained on")
     args.id_ops = args.loaded[0][1]["id_ops"]
     args.id_ranges = data.seen_ops(args.loaded[0][1])
-    take_world(args, args.loaded[0][1]["recipe"], data.World())
+    if not args.data:
+        take_world(args, args.loaded[0][1]["recipe"], data.World())
+    elif any(getattr(args, name) is not None for name in ("distractors", "max_parents", "max_value")):
+        raise ValueError("--distractors, --max-parents and --max-value are for fresh problems, not for the rows of --data")
     args.context = args.context or ("all" if len(args.id_ranges) == len(data.CONTEXTS) else ",".join(args.id_ranges))
     args.notes = []  # what to say before the work
     args.problem_rows = problems_of(args)
@@ -699,7 +702,7 @@ def problems_of(args):
         # each op has numbers i of its own: the same i would mean the same context and number of distractors at every op
         return {op: [data.make_row(op * 10 ** 6 + i, mixtures[op], args.seed, "eval", world) for i in range(args.problems)]
                 for op in ops}
-    whole = data.read_rows(args.data)
+    whole = read_jsonl(args.data, "problem", "question", "solution", "template")
     forward = [r for r in whole if r.get("mode", FORWARD) == FORWARD]
     rows = [r for r in forward if args.context == "all" or context_of(r) in args.context.split(",")]
     if len(forward) < len(whole) and (args.strict_rows or not forward):
@@ -707,8 +710,12 @@ def problems_of(args):
     chosen = set(map(id, rows))
     for n, row in enumerate(whole, 1):
         try:
+            if type(row.get("op")) is not int or row["op"] < 1:  # true is an int, too
+                raise ValueError('its "op" is not an integer above 0')
             if id(row) in chosen:
                 verify(row["solution"], "")
+                if "Answer:" not in row["solution"] or not data.steps_of(row):
+                    raise ValueError("its solution is not in the form of the public data: Define ... . Answer: N.")
         except ValueError as error:
             raise ValueError(f"{args.data} row {n}: {error}") from None
     ops = {r["op"] for r in rows} & set(data.parse_ops(args.ops)) if args.ops else {r["op"] for r in rows}
@@ -742,9 +749,10 @@ def main():
     for note in args.notes:
         say(note)
     n_problems = sum(map(len, args.problem_rows.values()))
-    say(f"{n_problems} {f'problems of {args.data}' if args.data else 'held-out problems'}, op {min(args.problem_rows)}-"
-        f"{max(args.problem_rows)}, {args.n} samples each at temperature {args.temperature:g}, mean of {args.distractors:g} "
-        f"distractors, at most {args.max_parents} parents, values to {args.max_value}, on {args.device}")
+    which, world = (f"problems of {args.data}", "") if args.data else ("held-out problems", (
+        f", mean of {args.distractors:g} distractors, at most {args.max_parents} parents, values to {args.max_value}"))
+    say(f"{n_problems} {which}, op {min(args.problem_rows)}-{max(args.problem_rows)}, {args.n} samples each at temperature "
+        f"{args.temperature:g}{world}, on {args.device}")
     results, all_records = {}, {}
     for path, checkpoint, model, reader in args.loaded:
         done = []

@@ -856,7 +856,7 @@ def stage_parser(doc, presets, out, log_every=5):
     g = p.add_argument_group("optimizer and problems (defaults from the preset, see the end)")
     g.add_argument("--steps", type=at_least(1), help="steps; a step of grpo.py is a batch of rollouts and its updates")
     g.add_argument("--lr", type=at_least(0.0), help="learning rate after the warm-up")
-    g.add_argument("--min-lr", type=at_least(0.0), help="learning rate at the end")
+    g.add_argument("--min-lr", type=at_least(0.0), help="learning rate at the end, at most --lr")
     g.add_argument("--weight-decay", type=at_least(0.0), help="of the optimizer, times the learning rate")
     g.add_argument("--clip", type=at_least(1e-6), default=1.0, dest="grad_clip", help="largest norm of the gradient (default 1)")
     add_world_options(g)
@@ -974,7 +974,7 @@ def presets_of(settings):
     """{size of model: {name: value}} from the settings of a stage, {name: (value for tiny, value for 100m)}.
 
     The other sizes have those of 100m with learning rates that go with 1 / width, as muP (arXiv 2203.03466, table 8) has it for
-    the matrices of hidden layers and Adam. They were never run.
+    the matrices of hidden layers and Adam. No model of them was trained.
     """
     tiny, of_100m = ({name: values[i] for name, values in settings.items()} for i in (0, 1))
     sizes = {size: of_100m | {name: float(f"{of_100m[name] * 768 / config.width:.2g}") for name in ("lr", "min_lr")}
@@ -1005,6 +1005,7 @@ def fill_from_preset(args, preset, config):
     for name, value in preset.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
+    args.min_lr = min(args.min_lr, args.lr)  # a small --lr does not rise to the preset's min_lr
 
 
 def set_up(args):
@@ -1282,7 +1283,8 @@ def say_expected_time(run, probes, n_steps):
 
 # The files of a run
 
-# what --resume does not compare: it changes rounding at most, or (ops, id_share, eval_json) is resolved into `mix` already
+# what --resume does not compare: it changes rounding, the random numbers of another device, or what is logged; or it is resolved
+# into `mix` already (ops, id_share, eval_json)
 MAY_CHANGE = set("resume out metrics ops id_share eval_json device compile micro_tokens workers log_every eval_every "
                 "eval_problems save_every keep_every show".split())
 
@@ -1486,8 +1488,9 @@ def progress_bar(start=0.0):
 
     def update(done, text):
         nonlocal said
+        done = min(done, 1.0)  # the last step may go past a budget
         bar.set_postfix_str(text, refresh=False)
-        bar.update(min(done, 1.0) - bar.n)
+        bar.update(done - bar.n)
         if bar.disable and rank() == 0 and time.perf_counter() - said > 30:
             said = time.perf_counter()
             left = (said - began) * (1 - done) / (done - start)

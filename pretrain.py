@@ -88,7 +88,7 @@ def arguments():
         check_run_files(args)
         for path in [kept(args, step) for step in range(args.keep_every, args.steps + 1, args.keep_every)] if args.keep_every else ():
             check_outputs(path)
-            if os.path.exists(path) and not args.resume:
+            if os.path.exists(path) and not (args.resume and os.path.exists(args.out)):
                 raise ValueError(f"--keep-every would write {path}, which exists: move it away")
     return p, args
 

@@ -394,25 +394,26 @@ def reward(verdict, kind, alpha=0.2):
     return float(verdict[kind])
 
 
-def interval(values, low=0, high=1):
+def interval(values, low=0, high=1, clip=True):
     """The 95 % interval, over problems, of the mean of values in low..high, one for each problem: (..., problems) -> (2, ...).
 
     The normal interval after one more problem at either end (Agresti and Coull 1998 add two). So it does not shrink to a point
     where all values are equal: none solved of 100 problems still allows for 3 %. It holds at 93 to 99 % in simulations of
-    problems whose pass@k is from .01 to .99 in the mean. With low=-1, the values may be differences.
+    problems whose pass@k is from .01 to .99 in the mean. With low=-1, the values may be differences. clip: cut it off at low and
+    high; its width tells more without.
     """
     values, n = np.asarray(values, float), np.shape(values)[-1] + 2
     mean = (values.sum(-1) + low + high) / n
     variance = ((values ** 2).sum(-1) + low ** 2 + high ** 2) / n - mean ** 2
     half = 1.96 * np.sqrt(variance / n)
-    return np.clip([mean - half, mean + half], low, high)
+    return np.clip([mean - half, mean + half], *(low, high) if clip else (None, None))
 
 
 # -----------------------------------------------------------------------------
 # command line
 
-def read_jsonl(path, field):
-    """The objects of a file, one JSON object a line, each with text in `field`. Raises OSError, ValueError."""
+def read_jsonl(path, *fields):
+    """The objects of a file, one JSON object a line, each with text in the fields. Raises OSError, ValueError."""
     objects = []
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
@@ -422,8 +423,9 @@ def read_jsonl(path, field):
                 row = json.loads(line.decode("utf-8-sig", "surrogatepass"))
             except (ValueError, RecursionError):
                 row = None
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise ValueError(f'{path}, line {number}: this is not a JSON object with text in "{field}"')
+            if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in fields):
+                raise ValueError(f"{path}, line {number}: this is not a JSON object with text in "
+                                 + ", ".join(f'"{field}"' for field in fields))
             objects.append(row)
     if not objects:
         raise ValueError(f"{path} has no rows")

@@ -296,7 +296,7 @@ def estimate(evaluation, weights, ops, measure):
                   else counts[measure][chosen] / evaluation.n)
         total = total + weight * values
     low, high = (sum(w for w in weights.values() if (w > 0) == positive) for positive in (False, True))
-    return float(total.mean()), *interval(total, low, high).tolist()
+    return float(total.mean()), *interval(total, low, high, clip=False).tolist()
 
 
 def over_seeds(estimates):

@@ -961,28 +961,6 @@ def test_steps_work_with_a_data_loader():
 # ----------------------------------------------------------------------------------------------------------------------
 # rows on disk
 
-def test_read_rows(tmp_path, gold):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in gold), encoding="utf-8")
-    assert data.read_rows(path) == gold
-
-
-GOOD_LINE = json.dumps(ROW).encode()
-
-
-@pytest.mark.parametrize("content", [
-    b"", b"no json\n", b"[1, 2]\n", b"7\n", b"null\n", b"{}\n", GOOD_LINE.replace(b'"problem": "', b'"problem": 1, "x": "'),
-    GOOD_LINE + b"\n" + GOOD_LINE[:50], GOOD_LINE.replace(b'"op": 5', b'"op": "5"'),
-    GOOD_LINE.replace(b'"op": 5', b'"op": true'), GOOD_LINE.replace(b'"op": 5', b'"op": -5'), b"\xff\xfe\n", b"1" * 5000,
-], ids=lambda content: repr(content[:20]))
-def test_read_rows_rejects(tmp_path, content):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(ValueError) as error:
-        data.read_rows(path)
-    assert "\n" not in str(error.value)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # the command line
 
@@ -1049,20 +1027,6 @@ def test_show_prints_the_problem(tmp_path):
         for name, value in values.items():
             assert f"{name} = {value}" in done.stdout
         assert row["solution"].replace(". ", ".\n") in done.stdout
-
-
-def test_show_has_the_graph_beside_the_text_in_a_wide_terminal(monkeypatch):
-    row, = rows("zoo:8", 1, 3)
-    monkeypatch.setenv("COLUMNS", "80")
-    title, text, question, graph, solution = data.show(row).split("\n\n")
-    monkeypatch.setenv("COLUMNS", "160")
-    wide = data.show(row)
-    assert wide.startswith(f"{title}\n\n") and wide.endswith(f"\n\n{solution}")
-    lines = wide[len(title) + 2:-len(solution) - 2].splitlines()
-    column = lines[0].index(graph.splitlines()[0])
-    assert "\n".join(line[column:] for line in lines).strip() == graph
-    assert " ".join(line[:column] for line in lines).split() == f"{text} {question}".split()
-    assert max(map(len, lines)) <= 160
 
 
 def test_styles_are_for_terminals_that_want_them(monkeypatch):
@@ -1140,18 +1104,6 @@ def test_huge_weights_are_weights_or_rejected():
     except ValueError:
         return
     assert mixture.weights == pytest.approx([0.5, 0.5])
-
-
-def test_read_rows_rejects_deep_nesting(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("[" * 100_000)
-    with pytest.raises(ValueError):
-        data.read_rows(tmp_path / "rows.jsonl")
-
-
-def test_read_rows_names_the_line_that_is_not_utf8(tmp_path):
-    (tmp_path / "rows.jsonl").write_bytes(GOOD_LINE + b"\n\xff\n")
-    with pytest.raises(ValueError, match="rows.jsonl line 2"):
-        data.read_rows(tmp_path / "rows.jsonl")
 
 
 def test_out_follows_a_link(tmp_path):

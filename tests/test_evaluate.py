@@ -57,6 +57,8 @@ def test_an_interval_is_the_normal_one_with_one_more_problem_at_either_end():
     assert interval([[0.1, 0.2], [0.3, 0.4]]).T.tolist() == [interval([0.1, 0.2]).tolist(), interval([0.3, 0.4]).tolist()]
     assert interval([0.0, -0.5, 0.25], low=-1) == pytest.approx(by_hand(0, -0.5, 0.25, -1, 1))
     low, high = interval([0] * 100)  # nothing was seen: the rule of three says at most 3 %
+    whole = interval([0] * 100, clip=False)
+    assert low == 0 > whole[0] and whole[1] == high and sum(whole) / 2 == pytest.approx(1 / 102)
     assert low == 0 and high == pytest.approx(0.03, abs=0.002)
     low, high = interval([0] * 100, low=-1)
     assert -low == high == pytest.approx(0.03, abs=0.004)
@@ -614,8 +616,8 @@ def test_rows_of_other_modes_are_left_out_or_refused(trained, tmp_path):
     assert_refused(evaluate_rows("mixed", "--strict-rows"), "1 rows that are not forward")
     assert_refused(evaluate_rows("others"), "2 rows that are not forward")
     assert evaluate_rows("old", "--strict-rows").code == 0
-    assert_refused(evaluate_rows("latin"), "latin.jsonl line 1")
-    assert_refused(evaluate_rows("utf16"), "utf16.jsonl line 1")
+    assert_refused(evaluate_rows("latin"), "latin.jsonl, line 1")
+    assert_refused(evaluate_rows("utf16"), "utf16.jsonl, line 1")
 
 
 def test_rows_without_an_id_and_of_several_lines_are_shown(trained, tmp_path):
@@ -746,7 +748,9 @@ BAD = [  # arguments, words in the last line
     ("a.pt --data bytes.jsonl", "bytes.jsonl"), ("a.pt --data other.jsonl", "other.jsonl"),
     ("a.pt --data unsolved.jsonl", "unsolved.jsonl"), ("a.pt --data op.jsonl", "op.jsonl"),
     ("a.pt --data rows.jsonl --ops 7", "7"), ("a.pt --data rows.jsonl --context movie", "movie"),
-    ("a.pt --data true.jsonl", "true.jsonl line 1"), ("a.pt --data negative.jsonl", "negative.jsonl line 1"),
+    ("a.pt --data true.jsonl", "true.jsonl row 1"), ("a.pt --data negative.jsonl", "negative.jsonl row 1"),
+    ("a.pt --data rows.jsonl --distractors 1", "for fresh problems"), ("a.pt --data number.jsonl", "line 1"),
+    ("a.pt --data tagged.jsonl", "tagged.jsonl row 1"), ("a.pt --data glued.jsonl", "glued.jsonl row 1"),
     ("a.pt --data rows.json --json rows.json", "overwrite"), ("a.pt --json cut.pt", ".json"), ("a.pt --json=", ".json"),
     ("a.svg --plot a.svg", "overwrite"), ("tokens.pt", "tokens"), ("a.pt --nope", "--nope"),
     ("a.pt --samples a.jsonl", "overwrite"), ("a.pt --samples cut.pt", ".jsonl"), ("a.pt --curves cut.pt", ".png"),
@@ -768,6 +772,9 @@ def bad_folder(trained, tmp_path_factory):
     for name, content in {
             "text.pt": "hello\n", "empty.jsonl": "", "rows.jsonl": json.dumps(row), "other.jsonl": '{"text": "a"}\n',
             "rows.json": json.dumps(row), "true.jsonl": json.dumps({**row, "op": True}),
+            "number.jsonl": json.dumps({**row, "problem": 1}),
+            "tagged.jsonl": json.dumps({**row, "solution": row["solution"].replace("Answer: ", "</solution> <answer> ")}),
+            "glued.jsonl": json.dumps({**row, "solution": "Define owl in South Zoo as a; so a = 4 Answer: 4."}),
             "negative.jsonl": json.dumps({**row, "op": -2}),
             "unsolved.jsonl": json.dumps({**row, "solution": "I do not know."}),
             "op.jsonl": json.dumps({**row, "op": 2.5})}.items():

@@ -255,13 +255,14 @@ def test_without_a_terminal_a_line_every_half_minute_says_how_far_a_run_is(monke
     now = [100.0]
     monkeypatch.setattr(M.time, "perf_counter", lambda: now[0])
     with M.progress_bar(start=0.2) as show_progress:
-        for done in (0.3, 0.4, 0.5, 0.6):
+        for done in (0.3, 0.4, 0.5, 0.6, 0.8, 1.1):
             now[0] += 20
             show_progress(done, f"step {done}")
     lines = capsys.readouterr().err.splitlines()
     # after 40 s a fifth is done and three fifths are left; after 80 s two fifths are done and two are left
     assert [line for line in lines if "left" in line] == [
-        " 40 %, about 2.0 minutes left, step 0.4", " 60 %, about 1.3 minutes left, step 0.6"]
+        " 40 %, about 2.0 minutes left, step 0.4", " 60 %, about 1.3 minutes left, step 0.6",
+        "100 %, about 0.0 minutes left, step 1.1"]
 
 
 def clock_set_back():

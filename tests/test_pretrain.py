@@ -317,6 +317,9 @@ def test_checkpoints_on_the_way_are_kept_and_can_be_started_from(tmp_path, whole
         assert result.code == 0, result
     assert not same(*[load_checkpoint(tmp_path / f"{name}-mid.pt")["model"] for name in ("a-5", "a")])
     assert_refused(pretrain(tmp_path, *KEEP), "a-5.pt")  # of another run
+    (tmp_path / "a.pt").rename(tmp_path / "b.pt")  # nothing to resume, so this would be another run, too
+    assert_refused(pretrain(tmp_path, *KEEP, "--resume"), "a-5.pt")
+    (tmp_path / "b.pt").rename(tmp_path / "a.pt")
     (tmp_path / "a-5.pt").unlink()
     (tmp_path / "a-5.pt").mkdir()
     assert_refused(pretrain(tmp_path, *KEEP, "--resume"), "a-5.pt")
@@ -382,6 +385,16 @@ def test_an_interrupt_in_the_last_step_leaves_nothing_to_resume(tmp_path):
     """It comes with the checkpoint of step 2 and is seen in step 3. What follows in the shell (&&) is not wanted."""
     result = pretrain(tmp_path, "--out", "a.pt", "--steps", 3, "--save-every", 1, send=(signal.SIGINT, 2))
     assert result.code == 130 and "--resume" not in result.out and load_checkpoint(tmp_path / "a.pt")["step"] == 3
+
+
+def test_a_small_learning_rate_does_not_rise_to_the_end_of_the_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for options, ends in (("--lr 2e-5", (2e-5, 2e-5)), ("--lr 1e-3", (1e-3, 3e-5)), ("--lr 2e-5 --min-lr 1e-6", (2e-5, 1e-6))):
+        monkeypatch.setattr(sys, "argv", f"pretrain.py --device cpu --preset 100m --warmup 0 {options}".split())
+        _, args = P.arguments()
+        rates = [P.learning_rate(step, args) for step in range(1, args.steps + 1, 500)]
+        assert rates == sorted(rates, reverse=True) and P.learning_rate(args.steps, args) == pytest.approx(ends[1])
+        assert rates[0] == pytest.approx(ends[0], rel=1e-3)
 
 
 def test_with_cuda_no_option_is_needed(tmp_path, monkeypatch, pretend_cuda):

@@ -918,6 +918,8 @@ BAD_INPUT = {
     "not JSON further down": (["x.jsonl"], json.dumps({"solution": GOLD}) + "\n\n{", None, "x.jsonl, line 3"),
     "not UTF-8": (["x.jsonl"], b"\xff\xfe\xfa\n", None, "x.jsonl, line 1"),
     "not objects": (["x.jsonl"], "[1, 2]", None, "x.jsonl, line 1"),
+    "a number beyond measure": (["x.jsonl"], "1" * 5000, None, "x.jsonl, line 1"),
+    "a number, null": (["x.jsonl"], "7\nnull", None, "x.jsonl, line 1"),
     "nested beyond measure": (["x.jsonl"], "[" * 100000, None, "x.jsonl, line 1"),
     "no solution": (["x.jsonl"], '{"problem": "x"}', None, '"solution"'),
     "solution is no text": (["x.jsonl"], '{"solution": 7}', None, '"solution"'),
