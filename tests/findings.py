@@ -25,10 +25,10 @@ Statistics. The numbers are verified pass@k. A change is the difference between 
 problem. Every seed has its own models and its own problems, so the variance of a change over seeds holds what differs between
 runs and what differs between problems, and the interval "over seeds" is the plain t interval, mean +- t s / sqrt(n) with n - 1
 degrees of freedom. But it is never taken narrower than the intervals over problems make that of the mean: few seeds may agree
-by luck. With one seed the interval is
-the one over problems, and the verdict says so. A number rises if its interval lies above 0, and does not if its interval lies
-below the `margin` of the finding, which is well below what the paper reports; if neither, the verdict is "undecided". A claim
-with several comparisons is not corrected for their number.
+by luck. With one seed the interval is the one over problems, and the verdict says so. A number rises if its interval lies above
+0, and does not if its interval lies below the `margin` of the finding, which is well below what the paper reports. So a claim of
+the paper is "reproduced" or "not reproduced", one of ours, in `questions`, "holds" or "does not hold", and "undecided" if the
+numbers do neither. A claim with several comparisons is not corrected for their number.
 """
 import argparse
 import datetime
@@ -310,7 +310,11 @@ def over_seeds(estimates):
     return statistics.mean(values), statistics.mean(values) - half, statistics.mean(values) + half
 
 
-def judge(claims, estimates, against, k, margin):
+# the words for -1, 0 and 1
+OF_THE_PAPER, OURS = ("not reproduced", "undecided", "reproduced"), ("does not hold", "undecided", "holds")
+
+
+def judge(claims, estimates, against, k, margin, verdicts=OF_THE_PAPER):
     """Sentences, verdicts and the numbers they rest on. estimates(weights, region, measure): a list with one of each seed.
     against: model -> the model whose change it is. k: the largest, as "pass@k"."""
     judged = []
@@ -330,7 +334,7 @@ def judge(claims, estimates, against, k, margin):
             low, high = (low, high) if sign > 0 else (-high, -low)
             return 1 if low > 0 else -1 if high < margin else 0
 
-        verdict = {1: "reproduced", 0: "undecided", -1: "not reproduced"}[claim(rises)]
+        verdict = verdicts[claim(rises) + 1]  # before the line below, because it fills evidence and n_seeds
         judged.append(dict(claim=sentence, verdict=verdict, intervals="over the problems of one seed" if n_seeds == {1} else
                            "over seeds", evidence=evidence))
     return judged
@@ -565,7 +569,7 @@ def report(args, finding, settings, minutes):
         level=numbers({model: 1}, region, measure, tag),
         change=numbers({model: 1, before[model]: -1}, region, measure, tag) if model in before else None)
         for measure in [*ks, *finding["measures"]]} for model in labels} for region in regions} for tag in tables}
-    claims = judge(finding["claims"], estimates, before, ks[-1], finding["margin"])
+    claims = judge(finding["claims"], estimates, before, ks[-1], finding["margin"], finding["verdicts"])
     baseline = {region: statistics.mean(evaluation.baseline[op] for evaluation in evaluations[only or tables[-1]]
                                         for op in data.parse_ops(ops)) for region, (ops, only) in regions.items()}
     spent = [compute(models, of_seed) for of_seed in files.values()]
@@ -619,7 +623,7 @@ def report(args, finding, settings, minutes):
 
 FINDINGS = {
     "edge": dict(
-        settings=edge, claims=EDGE_CLAIMS, margin=0.05, measures=(), plot=plot_over_k,
+        settings=edge, claims=EDGE_CLAIMS, margin=0.05, measures=(), plot=plot_over_k, verdicts=OF_THE_PAPER,
         title="RL adds ability at the edge of competence",
         note="\"past\": the ops past the RL data at the edge.",
         paper={  # region, model: pass@1, pass@128
@@ -628,7 +632,7 @@ FINDINGS = {
         paper_says="read off its figures; its ID weights 20/30/50 % by difficulty, ours counts every op the same."),
     "seeding": dict(
         settings=seeding, claims=SEEDING_CLAIMS, margin=0.05, measures=("outcome", "named"), plot=plot_arms,
-        title="RL carries reasoning into a context that pre-training has seeded",
+        verdicts=OF_THE_PAPER, title="RL carries reasoning into a context that pre-training has seeded",
         note="\"outcome\" is the share of samples with the right answer, \"named\" of those that define a quantity that is needed.",
         paper={(f"school op {op}", f"rl {share}"): ("", pass_at_128) for share, of_share in {
             "0": ("0",) * 7, "0.001": ("1", ".32", ".08", ".02", "0", "0", "0"),
@@ -636,22 +640,23 @@ FINDINGS = {
             for op, pass_at_128 in zip((2, 3, 4, 6, 10, 14, 20), of_share)},
         paper_says="pass@128 read off its figures; it saw op 2-20 of the first context, and op 2 of the second."),
     "budget": dict(
-        settings=budget, claims=BUDGET_CLAIMS, margin=0.02, measures=(), plot=plot_arms,
+        settings=budget, claims=BUDGET_CLAIMS, margin=0.02, measures=(), plot=plot_arms, verdicts=OF_THE_PAPER,
         title="A budget shared between mid-training and RL",
         note="A budget is in training tokens, and a token of RL counts 5/3. RL 0 % is mid-training on right solutions alone.",
         paper={}, paper_says="OOD-hard pass@128 by op 15-20: mid-training and RL .79 .47 .33 .13 .025 0, RL alone .63 .30 .14 .03 .005 "
         "0; light RL is best at the edge in pass@1 at every budget, heavy RL at OOD-hard in pass@1; from 8.4B tokens on RL alone is "
         "best at OOD-hard in pass@128."),
     "reward": dict(
-        settings=reward, claims=REWARD_CLAIMS, margin=0.01, measures=("outcome", "hacked"), plot=plot_arms,
+        settings=reward, claims=REWARD_CLAIMS, margin=0.01, measures=("outcome", "hacked"), plot=plot_arms, verdicts=OF_THE_PAPER,
         title="Rewards for the process reduce right answers by wrong reasoning",
         note="\"outcome\" is the share of samples with the right answer, \"hacked\" of those with it by wrong reasoning.",
         paper={}, paper_says="RL on op 11-14, outcome alone: pass@1 .707 on op 2-14, .056 on 15-20; pass@128 .947, .232. Against it, "
         "mixed 0.2 +.047 +.043 -.000 +.045, mixed 0.5 +.046 +.034 -.001 +.030, strict +.052 +.041 +.003 +.026."),
     "questions": dict(
-        settings=questions, claims=QUESTION_CLAIMS, margin=0.02, measures=(), plot=plot_arms, title="Open questions",
-        note="The base at 3/4 of its steps still has a high learning rate behind it, the finished one does not.", paper={},
-        paper_says="leaves these open, so \"reproduced\" means that the sentence holds in our runs."),
+        settings=questions, claims=QUESTION_CLAIMS, margin=0.02, measures=(), plot=plot_arms, verdicts=OURS,
+        title="Open questions",
+        note="The base at 3/4 of its steps still has a high learning rate behind it, the finished one does not.",
+        paper={}, paper_says="leaves these open."),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
