@@ -27,6 +27,7 @@ GOLD = ROOT.parent / "shared" / "gold" / "forward.jsonl"
 sys.path.insert(0, str(ROOT))
 os.environ["COLUMNS"] = "80"  # what is printed must not depend on the terminal
 import data  # noqa: E402
+NO_CUDA = {"CUDA_VISIBLE_DEVICES": ""}  # scripts choose other settings where there is a GPU, and the tests are of those for a CPU
 TINY = "--preset tiny --device cpu --n-layers 1 --width 32 --n-heads 2 --n-kv-heads 1 --mlp 64 --batch 8 --show 0".split()
 SERVER = multiprocessing.get_context("forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn")
 SERVER.set_forkserver_preload(["pytest", "tiktoken", "torch", "torch._dynamo", "torch.distributed", "tqdm"])
@@ -62,9 +63,9 @@ def run(cwd, script, *arguments, send=None, kill_after=None, ranks=1, record=(),
     """
     port, processes, arguments = free_port(), [], [str(a) for a in arguments]
     for rank in range(ranks):
-        env = {}
+        env = dict(NO_CUDA)
         if ranks > 1:
-            env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            env |= dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         process = SERVER.Process(target=_in_child, args=(cwd, ROOT / script, arguments, rank, env, record,
                                                          send if rank == 0 else None, before))
         process.start()

@@ -23,7 +23,7 @@ import torch
 
 import data
 import evaluate
-from conftest import BROKEN, ROOT, TINY, assert_refused, checkpoint_with, put, run, run_ranks
+from conftest import BROKEN, NO_CUDA, ROOT, TINY, assert_refused, checkpoint_with, put, run, run_ranks
 from evaluate import group_of, pass_at_k
 from model import load_checkpoint, save_checkpoint
 from verify import interval
@@ -570,7 +570,7 @@ def test_groups_are_by_the_range_of_each_context_and_old_checkpoints_have_one_ra
 def test_numbers_are_written_before_they_are_printed_and_printed_if_they_cannot_be_written(trained, tmp_path):
     def start(**more):
         command = [sys.executable, ROOT / "evaluate.py", trained / "a.pt", *SHORT, "--show", "9", "--json", "e.json"]
-        return subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, **more)
+        return subprocess.run(command, cwd=tmp_path, env=os.environ | NO_CUDA, stderr=subprocess.PIPE, text=True, **more)
 
     done = start(stdout=subprocess.PIPE, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
     assert done.returncode == 1 and "too large" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

@@ -13,7 +13,7 @@ import time
 import pytest
 
 import findings
-from conftest import ROOT, assert_refused, run, same
+from conftest import NO_CUDA, ROOT, assert_refused, run, same
 from model import load_checkpoint
 from verify import interval
 
@@ -177,7 +177,7 @@ QUICK = "edge --preset quick --seeds 1 --jobs 2".split()
 
 def start(folder, *options):
     return subprocess.Popen([sys.executable, ROOT / "tests/findings.py", *QUICK, *options], cwd=folder, text=True,
-                            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                            env=os.environ | NO_CUDA, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def wait_for(ready, process):
