@@ -108,10 +108,10 @@ def distractor_law(mean):
     """Cumulative probabilities of 0..12 distractors with the given mean (`--distractors`).
 
     The law is the same for every op, so a larger op does not change how much is beside the point. It is geometric with a
-    heavy tail: up to a sixteenth of the problems is spread evenly over 8 to 12 distractors, most of them long (with those of
-    the geometric part it is one problem in 13 if the mean is 2). The tail brings training texts of
-    op 10 up to 257 tokens (the 99.9 % quantile). That covers 84 % of the texts of op 17 and 2 % of those of op 20.
-    Raises ValueError for a mean outside 0..10.
+    heavy tail: up to a sixteenth of the problems is spread evenly over 8 to 12 distractors, most of them long. (With those of
+    the geometric part it is one problem in 13 if the mean is 2.) The tail brings training texts of op 10 up to 257 tokens
+    (the 99.9 % quantile). That covers 84 % of the texts of op 17 and 2 % of those of op 20. Raises ValueError for a mean
+    outside 0..10.
     """
     if not 0 <= mean <= 10:
         raise ValueError(f"the mean number of distractors must be in 0..10, got {mean:g}")

@@ -334,7 +334,7 @@ def judge(claims, estimates, against, k, margin, verdicts=OF_THE_PAPER):
             low, high = (low, high) if sign > 0 else (-high, -low)
             return 1 if low > 0 else -1 if high < margin else 0
 
-        verdict = verdicts[claim(rises) + 1]  # before the line below, because it fills evidence and n_seeds
+        verdict = verdicts[claim(rises) + 1]  # this fills evidence and n_seeds
         judged.append(dict(claim=sentence, verdict=verdict, intervals="over the problems of one seed" if n_seeds == {1} else
                            "over seeds", evidence=evidence))
     return judged
